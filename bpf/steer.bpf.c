@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/*
+ * VMDq in software: sorts the frames that a NIC receives into the AF_XDP sockets of the guests.
+ *
+ * (VLAN, destination MAC) -> guest's slot, and (slot, receive queue) -> socket, because a socket takes frames from the
+ * one queue that it is bound to. Whatever is no guest's is passed to the kernel, which keeps the NIC as its own. So is
+ * every broadcast and multicast frame: one frame can't be redirected to many sockets, and the data plane hears those
+ * on a packet socket. A guest's frame at a queue where the guest has no socket is dropped, never passed: the host must
+ * not see it, nor answer it.
+ *
+ * The VLAN is the 802.1Q tag's. An 802.1ad service tag is another number space: such frames go to those guests that
+ * take any tag.
+ */
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include <xdp/xdp_helpers.h>
+
+#include "steer.h"
+
+#define VLAN_VID_MASK 0x0fff
+
+struct vlan_tag {
+	__be16 tci;
+	__be16 proto;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, STEER_MAX_MACS);
+	__type(key, struct steer_mac);
+	__type(value, struct steer_guest);
+} guests SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_XSKMAP);
+	__uint(max_entries, STEER_MAX_SLOTS);
+	__type(key, __u32);
+	__type(value, __u32);
+} xsks SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct steer_config);
+} config SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, STEER_MAX_SLOTS + 1);
+	__type(key, __u32);
+	__type(value, struct steer_counts);
+} verdicts SEC(".maps");
+
+/* A program that comes after this one in libxdp's dispatcher sees what was passed. */
+struct {
+	__uint(priority, 50);
+	__uint(XDP_PASS, 1);
+} XDP_RUN_CONFIG(xdpvhost_steer);
+
+/* A queue that the NIC got after control looked is counted at queue 0: its own row would be the next slot's. */
+static __always_inline void count(const struct steer_config *conf, __u32 queue, int slot, enum steer_verdict verdict)
+{
+	__u32 row = STEER_ROW(conf->nr_queues, slot, queue < conf->nr_queues ? queue : 0);
+	struct steer_counts *counts = bpf_map_lookup_elem(&verdicts, &row);
+
+	if (counts)
+		counts->frames[verdict]++;
+}
+
+static __always_inline const struct steer_guest *find_guest(const struct ethhdr *eth, __u16 vlan, int tagged)
+{
+	const struct steer_guest *guest;
+	struct steer_mac key = { .vlan = vlan };
+
+	__builtin_memcpy(key.mac, eth->h_dest, sizeof(key.mac));
+	guest = bpf_map_lookup_elem(&guests, &key);
+	if (guest || !tagged)
+		return guest;
+	key.vlan = STEER_VLAN_ANY;
+	return bpf_map_lookup_elem(&guests, &key);
+}
+
+SEC("xdp")
+int xdpvhost_steer(struct xdp_md *ctx)
+{
+	const void *data = (const void *)(long)ctx->data;
+	const void *end = (const void *)(long)ctx->data_end;
+	const struct ethhdr *eth = data;
+	const struct vlan_tag *tag = data + sizeof(*eth);
+	const struct steer_config *conf;
+	const struct steer_guest *guest;
+	__u32 queue = ctx->rx_queue_index;
+	__u32 zero = 0;
+	__u16 vlan = STEER_VLAN_NONE;
+	int tagged = 0;
+	int action;
+
+	conf = bpf_map_lookup_elem(&config, &zero);
+	if (!conf || !conf->nr_queues)
+		return XDP_PASS;
+	if (data + sizeof(*eth) > end) {
+		count(conf, queue, STEER_HOST, STEER_SHORT);
+		return XDP_PASS;
+	}
+	if (eth->h_dest[0] & 1) {
+		count(conf, queue, STEER_HOST, STEER_PASS_MULTICAST);
+		return XDP_PASS;
+	}
+	if (eth->h_proto == bpf_htons(ETH_P_8021Q)) {
+		if ((const void *)(tag + 1) > end) {
+			count(conf, queue, STEER_HOST, STEER_SHORT);
+			return XDP_PASS;
+		}
+		vlan = bpf_ntohs(tag->tci) & VLAN_VID_MASK;
+		tagged = vlan != STEER_VLAN_NONE;
+	} else if (eth->h_proto == bpf_htons(ETH_P_8021AD)) {
+		vlan = STEER_VLAN_ANY;
+		tagged = 1;
+	}
+
+	guest = find_guest(eth, vlan, tagged);
+	if (!guest) {
+		count(conf, queue, STEER_HOST, STEER_PASS_UNICAST);
+		return XDP_PASS;
+	}
+	action = XDP_DROP;
+	if (queue < conf->nr_queues)
+		action = bpf_redirect_map(&xsks, STEER_XSK(conf->nr_queues, guest->slot, queue), XDP_DROP);
+	count(conf, queue, guest->slot, action == XDP_REDIRECT ? STEER_REDIRECT : STEER_NO_SOCKET);
+	return action;
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";

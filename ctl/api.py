@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's API: JSON lines over the unix socket RUN_DIR/api.sock (mode 0600).
+
+One request a line, one answer a line, any number of them a connection, answered in order:
+
+    {"method": "guest-add", "params": {"spec": "name=vm1,mac=52:54:00:00:00:01"}}
+    {"result": {...}}
+    {"error": {"kind": "ConfigError", "message": "...", "exit_code": 2}}
+
+Methods: status, stats, guest-add {spec}, guest-rm {name}, guest-list, down. A line that is no request, or longer than
+MAX_LINE bytes, is answered with an error and ends the connection; everything else keeps it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .config import API_SOCKET, MAX_SOCKET_PATH
+from .errors import ConfigError, DaemonError, DatapathError, NicError, PrivilegeError, XdpvhostError
+
+log = logging.getLogger(__name__)
+
+MAX_LINE = 1 << 16
+CLIENT_TIMEOUT = 30.0
+
+Params = Mapping[str, Any]
+Handler = Callable[[Params], Awaitable[Any]]
+
+_KINDS: Mapping[str, type[XdpvhostError]] = {
+    kind.__name__: kind for kind in (ConfigError, NicError, PrivilegeError, DatapathError, DaemonError)
+}
+
+
+class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    method: str
+    params: dict[str, Any] = {}
+
+
+class ErrorReply(msgspec.Struct, frozen=True):
+    kind: str
+    message: str
+    exit_code: int
+
+
+class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Exactly one of the two is meant; a missing result is null."""
+
+    result: Any = None
+    error: ErrorReply | None = None
+
+
+def _refuse(error: Exception) -> Reply:
+    code = error.exit_code if isinstance(error, XdpvhostError) else XdpvhostError.exit_code
+    return Reply(error=ErrorReply(kind=type(error).__name__, message=str(error), exit_code=code))
+
+
+def text_param(params: Params, key: str) -> str:
+    """The string `params[key]`; ConfigError when it is missing, not a string, or not alone."""
+    value = params.get(key)
+    if not isinstance(value, str):
+        raise ConfigError(f"api request: parameter {key!r} must be a string")
+    unknown = sorted(set(params) - {key})
+    if unknown:
+        raise ConfigError(f"api request: unknown parameter {unknown[0]!r}; it takes {key!r} only")
+    return value
+
+
+class ApiServer:
+    """Serves `handlers` on RUN_DIR/api.sock; a stale socket there is replaced.
+
+    The caller holds the run directory's lock, so nobody else can be listening.
+    """
+
+    def __init__(self, run_dir: Path, handlers: Mapping[str, Handler]) -> None:
+        self.path = run_dir / API_SOCKET
+        self._handlers = handlers
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            os.fchmod(listener.fileno(), 0o600)  # bind() gives the file this mode: it is never open to others
+            listener.bind(str(self.path))
+            self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=MAX_LINE)
+        except OSError as exc:
+            listener.close()
+            raise DaemonError(f"cannot listen on {self.path}: {exc.strerror}; check the directory's owner") from exc
+
+    async def close(self) -> None:
+        """Stop listening, let each connection finish the answer it is writing, remove the socket."""
+        if self._server is None:
+            return
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+        self._server = None
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            await self._converse(reader, writer)
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            try:
+                line = await reader.readline()
+            except ValueError:
+                reply, go_on = _refuse(ConfigError(f"api request: a line has at most {MAX_LINE} bytes")), False
+            else:
+                if not line:
+                    return
+                reply, go_on = await self._answer(line)
+            writer.write(_encode(reply) + b"\n")
+            await writer.drain()
+            if not go_on:
+                return
+
+    async def _answer(self, line: bytes) -> tuple[Reply, bool]:
+        try:
+            request = msgspec.json.decode(line, type=Request)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            return _refuse(ConfigError(f"api request is not a line of JSON as documented: {exc}")), False
+        handler = self._handlers.get(request.method)
+        if handler is None:
+            known = ", ".join(sorted(self._handlers))
+            return _refuse(ConfigError(f"api request: unknown method {request.method!r}; known are {known}")), True
+        try:
+            return Reply(result=await handler(request.params)), True
+        except XdpvhostError as exc:
+            return _refuse(exc), True
+        except Exception as exc:
+            log.exception("api %s failed", request.method)
+            return _refuse(exc), True
+
+
+def _encode(reply: Reply) -> bytes:
+    if reply.error is None:
+        return msgspec.json.encode({"result": reply.result})
+    return msgspec.json.encode({"error": reply.error})
+
+
+def call(run_dir: Path, method: str, params: Params | None = None, timeout: float = CLIENT_TIMEOUT) -> Any:
+    """Ask the daemon of `run_dir` and return its result.
+
+    Raises DaemonError when none is running there, and whatever error the daemon answered, as its own class.
+    """
+    path = run_dir / API_SOCKET
+    if len(str(path).encode()) > MAX_SOCKET_PATH:
+        raise ConfigError(f"{path} is too long for a unix socket; give a shorter --run-dir")
+    line = msgspec.json.encode({"method": method, "params": dict(params or {})}) + b"\n"
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout)
+            connection.connect(str(path))
+            connection.sendall(line)
+            answer = connection.makefile("rb").readline()
+    except (FileNotFoundError, ConnectionRefusedError) as exc:
+        raise DaemonError(
+            f"no xdpvhost daemon is running in {run_dir}; start one with `xdpvhost up`, or name its --run-dir"
+        ) from exc
+    except PermissionError as exc:
+        raise DaemonError(f"may not use {path}; it is its owner's, run this as root or with sudo") from exc
+    except TimeoutError as exc:
+        raise DaemonError(f"the daemon of {run_dir} did not answer {method} in {timeout:g} s; see its log") from exc
+    except OSError as exc:
+        raise DaemonError(f"cannot talk to the daemon on {path}: {exc}; see its log") from exc
+    if not answer:
+        raise DaemonError(f"the daemon of {run_dir} ended before it answered {method}; see its log")
+    try:
+        reply = msgspec.json.decode(answer, type=Reply)
+    except msgspec.DecodeError as exc:
+        raise DaemonError(f"the daemon on {path} answered {method} with no JSON: {exc}; is it xdpvhost's?") from exc
+    if reply.error is None:
+        return reply.result
+    if reply.error.kind == "DatapathError":
+        raise DatapathError(reply.error.message)
+    kind = _KINDS.get(reply.error.kind)
+    if kind is None:
+        raise DaemonError(f"the daemon failed at {method}: {reply.error.message}; see its log")
+    raise kind(reply.error.message)

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Results go to stdout, the log and errors to stderr; exit codes are in EXIT_CODES."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from . import __version__, api, config, privileges
+from .errors import ConfigError, DaemonError, NicError, XdpvhostError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DOWN_TIMEOUT = 30.0
+
+EXIT_CODES = """\b
+Exit codes:
+  0  done
+  1  a bug, or something unforeseen; the message or traceback says what
+  2  bad command line, option, guest SPEC or request
+  3  the interface, its XDP program or its AF_XDP sockets
+  4  a capability is missing; the message names it
+  5  the data plane library
+  6  no daemon where one is needed, or one where none may be
+"""
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except XdpvhostError as exc:
+            click.echo(f"Error: {exc}", err=True)
+            ctx.exit(exc.exit_code)
+
+
+run_dir_option = click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    default=config.DEFAULT_RUN_DIR,
+    show_default=True,
+    help="Where the daemon keeps its sockets, lock and journal.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+
+
+def _print_json(facts: Any) -> None:
+    click.echo(msgspec.json.format(msgspec.json.encode(facts), indent=2))
+
+
+def _set_up_log(verbose: bool) -> None:
+    """One event a line on stderr; coloured on a terminal, without the time where journald adds its own."""
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        when = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
+        handler.setFormatter(logging.Formatter(f"{when}%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger(__package__).setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+@click.group(cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="xdpvhost")
+@click.option("-v", "--verbose", is_flag=True, help="Log details, too.")
+def main(verbose: bool) -> None:
+    """Virtual machines on a NIC that stays the kernel's: XDP, AF_XDP and vhost-user."""
+    _set_up_log(verbose)
+
+
+@main.command()
+@click.option("--iface", required=True, metavar="IF", help="The interface that the guests share with the host.")
+@click.option("--guest", "guests", multiple=True, metavar="SPEC", help=f"A guest: {config.SPEC_SYNTAX}. Repeatable.")
+@run_dir_option
+@click.option(
+    "--metrics",
+    default=config.DEFAULT_METRICS,
+    show_default=True,
+    metavar="ADDR:PORT",
+    help="Where to serve Prometheus metrics; `none`: nowhere.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, config.MAX_WORKERS),
+    default=1,
+    show_default=True,
+    help="Threads that move frames, each on a CPU of its own.",
+)
+@click.option(
+    "--poll",
+    type=click.Choice(config.POLL_CHOICES),
+    default="adaptive",
+    show_default=True,
+    help="How workers wait: poll while there is work, always, or never.",
+)
+@click.option(
+    "--xdp-mode",
+    type=click.Choice(config.XDP_CHOICES),
+    default="auto",
+    show_default=True,
+    help="Where the XDP program runs; auto: native, else generic.",
+)
+@click.option(
+    "--bind",
+    type=click.Choice(config.BIND_CHOICES),
+    default="auto",
+    show_default=True,
+    help="How AF_XDP sockets bind; auto: zerocopy, else copy.",
+)
+def up(
+    iface: str,
+    guests: tuple[str, ...],
+    run_dir: Path,
+    metrics: str,
+    workers: int,
+    poll: config.PollMode,
+    xdp_mode: config.XdpMode,
+    bind: config.BindMode,
+) -> None:
+    """Serve guests on an interface, in the foreground, until SIGTERM, SIGINT or `down`.
+
+    Then the interface is given back exactly as it was.
+    """
+    run_dir = config.check_run_dir(run_dir)
+    wanted = config.UpConfig(
+        iface=iface,
+        guests=config.parse_guests(guests, run_dir),
+        run_dir=run_dir,
+        metrics=config.parse_metrics(metrics),
+        workers=workers,
+        poll=poll,
+        xdp_mode=xdp_mode,
+        bind=bind,
+    )
+    privileges.require("up", privileges.UP)
+    from . import daemon
+
+    daemon.run(wanted)
+
+
+@main.command()
+@run_dir_option
+@json_option
+def status(run_dir: Path, as_json: bool) -> None:
+    """Show the daemon, its interface (asked for and in use), and its guests."""
+    facts = api.call(run_dir, "status")
+    if as_json:
+        _print_json(facts)
+        return
+    from . import view
+
+    view.console().print(view.status_view(facts))
+
+
+@main.command()
+@run_dir_option
+@json_option
+@click.option("--watch", is_flag=True, help="Show rates, again and again, until interrupted.")
+@click.option(
+    "--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Seconds between two looks."
+)
+def stats(run_dir: Path, as_json: bool, watch: bool, interval: float) -> None:
+    """Show every counter; docs/counters.md says what each means.
+
+    With --watch and --json, print one line of JSON a look.
+    """
+
+    def read() -> Any:
+        return api.call(run_dir, "stats")
+
+    if as_json and not watch:
+        _print_json(read())
+        return
+    from . import view
+
+    if not watch:
+        view.console().print(view.stats_view(read()))
+        return
+
+    def wait() -> bool:
+        time.sleep(interval)
+        return True
+
+    try:
+        if not as_json:
+            view.watch(read, wait)
+        while True:
+            click.echo(msgspec.json.encode(read()))
+            wait()
+    except KeyboardInterrupt:
+        return
+
+
+@main.group()
+def guest() -> None:
+    """Add, remove and list guests of a running daemon."""
+
+
+@guest.command("add")
+@click.argument("spec")
+@run_dir_option
+@json_option
+def guest_add(spec: str, run_dir: Path, as_json: bool) -> None:
+    """Add a guest: name=NAME,mac=MAC[,queues=N][,socket=PATH][,socket-mode=server|client]."""
+    parsed = config.parse_guest(spec, run_dir)
+    facts = api.call(run_dir, "guest-add", {"spec": config.format_guest(parsed)})
+    if as_json:
+        _print_json(facts)
+    else:
+        click.echo(f"guest {facts['name']}: {facts['mac']} on {facts['socket']} ({facts['socket_mode']})")
+
+
+@guest.command("rm")
+@click.argument("name")
+@run_dir_option
+@json_option
+def guest_rm(name: str, run_dir: Path, as_json: bool) -> None:
+    """Remove a guest; its virtual machine loses its link, the others notice nothing."""
+    facts = api.call(run_dir, "guest-rm", {"name": name})
+    if as_json:
+        _print_json(facts)
+    else:
+        click.echo(f"guest {facts['name']}: removed")
+
+
+@guest.command("list")
+@run_dir_option
+@json_option
+def guest_list(run_dir: Path, as_json: bool) -> None:
+    """List the guests."""
+    facts = api.call(run_dir, "guest-list")
+    if as_json:
+        _print_json(facts)
+        return
+    from . import view
+
+    view.console().print(view.guest_table(facts))
+
+
+@main.group()
+def trace() -> None:
+    """Watch what the kernel does with the guests' frames."""
+
+
+@trace.command("drops")
+@run_dir_option
+@click.option("--json", "as_json", is_flag=True, help="Print each lost frame as one line of JSON.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Stop after so long; else when interrupted.")
+def trace_drops(run_dir: Path, as_json: bool, seconds: float | None) -> None:
+    """Say which guest lost a frame in the kernel, and why, as it happens.
+
+    Needs Debian's python3-bpfcc, and nothing else does.
+    """
+    privileges.require("trace drops", privileges.TRACE)
+    from . import trace as tracing
+
+    tracing.drops(lambda: api.call(run_dir, "status"), as_json=as_json, seconds=seconds)
+
+
+@main.command()
+@click.argument("iface", metavar="IF")
+@json_option
+def features(iface: str, as_json: bool) -> None:
+    """Probe what an interface and this kernel can do for xdpvhost. Changes nothing."""
+    from .xdp.features import probe
+
+    found = probe(iface)
+    if as_json:
+        _print_json([msgspec.to_builtins(feature) for feature in found])
+        return
+    from . import view
+
+    answer = {True: "yes", False: "no", None: "unknown"}
+    rows = [(feature.name, answer[feature.supported], feature.detail, feature.remedy) for feature in found]
+    view.console().print(view.table(f"features of {iface}", ("feature", "supported", "detail", "remedy"), rows))
+
+
+@main.command("qemu-args")
+@click.argument("guest")
+@run_dir_option
+@json_option
+@click.option("--memory", default="1G", show_default=True, help="Size of the guest's memory.")
+@click.option("--qemu-version", help="For which QEMU, like 10.0. [default: the one installed here]")
+def qemu_args(guest: str, run_dir: Path, as_json: bool, memory: str, qemu_version: str | None) -> None:
+    """Print the QEMU arguments that attach a virtual machine to GUEST.
+
+    GUEST is a guest of the running daemon, or a whole SPEC, which needs no daemon.
+    """
+    from . import qemu
+
+    spec = guest if "=" in guest else _spec_of(guest, run_dir)
+    version = qemu.parse_version(qemu_version) if qemu_version else qemu.installed_version()
+    args = qemu.arguments(config.parse_guest(spec, run_dir), qemu.check_memory(memory), version)
+    if as_json:
+        _print_json(args)
+    else:
+        click.echo(qemu.shell(args))
+
+
+def _spec_of(name: str, run_dir: Path) -> str:
+    guests = api.call(run_dir, "guest-list")
+    for facts in guests:
+        if facts["name"] == name:
+            return str(facts["spec"])
+    known = ", ".join(facts["name"] for facts in guests) or "none"
+    raise ConfigError(f"guest {name!r} does not exist; guests here: {known}")
+
+
+@main.command()
+@run_dir_option
+def down(run_dir: Path) -> None:
+    """End the daemon and wait until its interface is as it was."""
+    from .rundir import wait_unlocked
+
+    facts = api.call(run_dir, "down")
+    if not wait_unlocked(run_dir, DOWN_TIMEOUT):
+        raise DaemonError(f"the daemon (pid {facts['pid']}) is still going down after {DOWN_TIMEOUT:g} s; see its log")
+
+
+@main.command()
+@run_dir_option
+@json_option
+def clean(run_dir: Path, as_json: bool) -> None:
+    """Undo what a killed daemon left behind: interface settings, XDP program, sockets.
+
+    Does nothing, successfully, when there is nothing to undo; refuses while a daemon runs.
+    """
+    privileges.require("clean", privileges.CLEAN)
+    from .links.journal import Journal
+    from .rundir import RunDir, remove_stale_sockets
+
+    run_dir = config.check_run_dir(run_dir)
+    with RunDir(run_dir) as lock:
+        lock.adopt()
+        undone = Journal(lock.journal).replay_undo()
+        sockets = remove_stale_sockets(run_dir)
+    facts = [{"what": item.kind, "done": item.ok, "detail": item.detail} for item in undone]
+    facts += [{"what": "socket", "done": True, "detail": f"socket {path}: removed"} for path in sockets]
+    if as_json:
+        _print_json(facts)
+    else:
+        for fact in facts:
+            click.echo(f"{'' if fact['done'] else 'NOT UNDONE: '}{fact['detail']}")
+    failed = [item for item in undone if not item.ok]
+    if failed:
+        raise NicError(
+            f"{len(failed)} changes to the interface are not undone: {failed[0].detail}; they stay in "
+            f"{lock.journal}, so `xdpvhost clean` can try again"
+        )

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of `xdpvhost up`.
+
+Theory of operation. Everything that control does happens on one asyncio loop in one thread: the vhost-user sessions,
+the API, the data plane's faults and its watchdog. Two kinds of other threads exist: the workers (ctl/datapath.py) and
+the metrics server, which only reads counters (ctl/metrics/samples.py has the lock that keeps them alive).
+
+Coming up goes strictly outside in, and each step registers how it is undone before the next begins: run directory,
+interface, what a killed predecessor left, data plane, NIC, switch, guests, sockets, API, metrics. Only then READY=1.
+Going down (SIGTERM, SIGINT, the API's `down`, or a failure while coming up) undoes the same steps from the inside out,
+so the NIC is given back exactly as it was. SIGKILL skips all that; the journal in the run directory remembers what
+changed on the NIC, and the next `up` or `clean` undoes it first.
+
+A guest's endpoint runs as a task of its own. Whatever goes wrong in it ends that guest's session, never the daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from . import __version__, privileges
+from .api import ApiServer, Handler, Params, text_param
+from .config import (
+    GuestSpec,
+    UpConfig,
+    check_guest_queues,
+    check_new_guest,
+    format_guest,
+    format_mac,
+    parse_guest,
+)
+from .datapath import DROP_NAMES, Datapath
+from .errors import ConfigError, XdpvhostError
+from .links.journal import Journal
+from .metrics.endpoint import Endpoint as MetricsEndpoint
+from .metrics.samples import Counters, Sample
+from .notify import notify
+from .rundir import InterfaceLock, RunDir, remove_stale_sockets
+from .switch import Switch
+from .vhost.endpoint import Endpoint
+from .virtio import feature_names
+from .xdp.nic import Nic, NicOptions
+
+if TYPE_CHECKING:
+    from .switch import GuestEntry
+
+log = logging.getLogger(__name__)
+
+WATCHDOG_PERIOD = 0.2
+RETRY_PERIOD = 1.0
+
+
+class Daemon:
+    """One interface, its guests, and everything that serves them. `run()` is its whole life."""
+
+    def __init__(self, config: UpConfig) -> None:
+        self._config = config
+        self._stop = asyncio.Event()
+        self._stack = contextlib.AsyncExitStack()
+        self._serving: dict[str, tuple[Endpoint, asyncio.Task[None]]] = {}
+        self._started = time.monotonic()
+        self._metrics: MetricsEndpoint | None = None
+
+    async def run(self) -> None:
+        """Come up, stay until told to stop, go down. Raises what kept it from coming up."""
+        privileges.require("up", privileges.UP)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+        async with self._stack:
+            await self._come_up(loop)
+            log.info("%s", self._ready_line())
+            notify(f"READY=1\nSTATUS={len(self._serving)} guests on {self._config.iface}")
+            await self._stop.wait()
+            notify("STOPPING=1")
+            log.info("stopping: giving %s back", self._config.iface)
+        log.info("stopped: %s is as it was", self._config.iface)
+
+    def _signalled(self, number: signal.Signals) -> None:
+        log.info("received %s", number.name)
+        self._stop.set()
+
+    async def _come_up(self, loop: asyncio.AbstractEventLoop) -> None:
+        config, stack = self._config, self._stack
+        lock_dir = RunDir(config.run_dir)
+        stack.callback(lock_dir.close)
+        lock_iface = InterfaceLock(config.iface)
+        stack.callback(lock_iface.close)
+        journal = Journal(lock_dir.journal)
+        for undone in journal.replay_undo():
+            if undone.ok:
+                log.warning("undone, left by a killed daemon: %s", undone.detail)
+        theirs = [spec.socket for spec in config.guests if spec.socket_mode == "client"]
+        for path in remove_stale_sockets(config.run_dir, keep=theirs):
+            log.warning("removed, left by a killed daemon: socket %s", path)
+
+        self._dp = dp = Datapath(config.workers, config.poll)
+        stack.callback(dp.close)
+        self._switch = switch = Switch(dp)
+        stack.callback(switch.close)
+        options = NicOptions(iface=config.iface, xdp_mode=config.xdp_mode, bind=config.bind)
+        switch.add_nic(Nic.open(options, dp, journal))
+        dp.start()
+        self._counters = Counters(dp, switch)
+        stack.callback(self._counters.close)
+
+        stack.push_async_callback(self._end_sessions)
+        for spec in config.guests:
+            self._add_guest(spec)
+        loop.add_reader(dp.event_fd, self._data_plane_event)
+        stack.callback(loop.remove_reader, dp.event_fd)
+        watchdog = loop.create_task(self._watchdog(), name="watchdog")
+        stack.callback(watchdog.cancel)
+
+        api = ApiServer(config.run_dir, self._handlers())
+        await api.start()
+        stack.push_async_callback(api.close)
+        if config.metrics is not None:
+            self._metrics = MetricsEndpoint(config.metrics, self._counters)
+            stack.push_async_callback(asyncio.to_thread, self._metrics.close)
+
+    def _ready_line(self) -> str:
+        nic = self._switch.nics[0]
+        metrics = f"http://{self._metrics.address}/metrics" if self._metrics else "none"
+        return (
+            f"ready: {nic.iface} with {nic.nr_queues} queues, {len(self._serving)} guests, "
+            f"{self._config.workers} workers, run directory {self._config.run_dir}, metrics {metrics}"
+        )
+
+    # ---- guests ----
+
+    def _add_guest(self, spec: GuestSpec) -> GuestEntry:
+        nic = self._switch.nics[0]
+        check_new_guest(spec, (entry.spec for entry in self._switch.guests.values()))
+        check_guest_queues(spec, nic.iface, nic.nr_queues)
+        with self._counters.lock:
+            entry = self._switch.add_guest(spec)
+        endpoint = Endpoint(spec, entry)
+        try:
+            endpoint.open()
+        except XdpvhostError:
+            with self._counters.lock:
+                self._switch.remove_guest(spec.name)
+            raise
+        task = asyncio.get_running_loop().create_task(self._serve(spec.name, endpoint), name=f"guest {spec.name}")
+        self._serving[spec.name] = endpoint, task
+        log.info("guest %s: %s, %d queue pairs, socket %s (%s)", *_spec_words(spec))
+        return entry
+
+    async def _serve(self, name: str, endpoint: Endpoint) -> None:
+        """Run one guest's endpoint; its failure is that guest's alone, and is tried again."""
+        while True:
+            try:
+                await endpoint.run()
+                return
+            except XdpvhostError as exc:
+                log.error("guest %s: %s", name, exc)
+            except Exception:
+                log.exception("guest %s: its endpoint failed", name)
+            await asyncio.sleep(RETRY_PERIOD)
+
+    async def _end_session(self, name: str) -> None:
+        endpoint, task = self._serving.pop(name)
+        await endpoint.close()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def _end_sessions(self) -> None:
+        await asyncio.gather(*(self._end_session(name) for name in list(self._serving)))
+
+    # ---- data plane ----
+
+    def _data_plane_event(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._dp.event_fd, 8)
+        for entry, why in self._switch.faulted():
+            log.error("guest %s: %s; its connection is ended", entry.name, why)
+            serving = self._serving.get(entry.name)
+            if serving is not None:
+                serving[0].disconnect(why)
+
+    async def _watchdog(self) -> None:
+        while True:
+            self._dp.watchdog()
+            await asyncio.sleep(WATCHDOG_PERIOD)
+
+    # ---- API ----
+
+    def _handlers(self) -> Mapping[str, Handler]:
+        return {
+            "status": self._api_status,
+            "stats": self._api_stats,
+            "guest-add": self._api_guest_add,
+            "guest-rm": self._api_guest_rm,
+            "guest-list": self._api_guest_list,
+            "down": self._api_down,
+        }
+
+    async def _api_status(self, _: Params) -> dict[str, Any]:
+        config = self._config
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "run_dir": str(config.run_dir),
+            "uptime_seconds": round(time.monotonic() - self._started, 1),
+            "metrics": f"http://{self._metrics.address}/metrics" if self._metrics else None,
+            "workers": config.workers,
+            "poll": config.poll,
+            "nics": [describe_nic(nic) for nic in self._switch.nics],
+            "guests": [describe_guest(entry) for entry in self._switch.guests.values()],
+        }
+
+    async def _api_stats(self, _: Params) -> dict[str, Any]:
+        return describe_stats(self._counters.read(), time.time())
+
+    async def _api_guest_add(self, params: Params) -> dict[str, Any]:
+        return describe_guest(self._add_guest(parse_guest(text_param(params, "spec"), self._config.run_dir)))
+
+    async def _api_guest_rm(self, params: Params) -> dict[str, Any]:
+        name = text_param(params, "name")
+        entry = self._switch.guests.get(name)
+        if entry is None or name not in self._serving:
+            known = ", ".join(self._switch.guests) or "none"
+            raise ConfigError(f"guest {name!r} does not exist; guests here: {known}")
+        description = describe_guest(entry)
+        await self._end_session(name)
+        with self._counters.lock:
+            self._switch.remove_guest(name)
+        log.info("guest %s: removed", name)
+        return description
+
+    async def _api_guest_list(self, _: Params) -> list[dict[str, Any]]:
+        return [describe_guest(entry) for entry in self._switch.guests.values()]
+
+    async def _api_down(self, _: Params) -> dict[str, Any]:
+        log.info("asked to go down")
+        self._stop.set()
+        return {"pid": os.getpid()}
+
+
+def _spec_words(spec: GuestSpec) -> tuple[str, str, int, str, str]:
+    return spec.name, format_mac(spec.mac), spec.queues, str(spec.socket), spec.socket_mode
+
+
+def describe_stats(samples: Sequence[Sample], when: float) -> dict[str, Any]:
+    """Every counter under its metric's name; `when` in seconds since the epoch."""
+    counters = [
+        {
+            "name": sample.metric.name,
+            "labels": dict(zip(sample.metric.labels, sample.labels, strict=True)),
+            "value": sample.value,
+        }
+        for sample in samples
+    ]
+    return {"time": when, "counters": counters}
+
+
+def describe_nic(nic: Nic) -> dict[str, Any]:
+    facts: dict[str, Any] = msgspec.to_builtins(nic.facts)
+    return {"iface": nic.iface, "ifindex": nic.ifindex, "mtu": nic.mtu, "queues": nic.nr_queues, "facts": facts}
+
+
+def describe_guest(entry: GuestEntry) -> dict[str, Any]:
+    spec, port = entry.spec, entry.port
+    rx = [port.rx_counters(pair) for pair in range(port.max_pairs)]
+    tx = [port.tx_counters(pair) for pair in range(port.max_pairs)]
+    return {
+        "name": spec.name,
+        "slot": entry.slot,
+        "mac": format_mac(spec.mac),
+        "queues": spec.queues,
+        "socket": str(spec.socket),
+        "socket_mode": spec.socket_mode,
+        "spec": format_guest(spec),
+        "connected": entry.connected,
+        "features": f"{entry.features:#x}",
+        "feature_names": feature_names(entry.features),
+        "pairs_in_use": port.ctrl.pairs,
+        "reconnects": entry.reconnects,
+        "protocol_errors": {str(reason): count for reason, count in entry.protocol_errors.items() if count},
+        "rx": {
+            "packets": sum(c.packets for c in rx),
+            "bytes": sum(c.bytes for c in rx),
+            "copied_bytes": sum(c.copied_bytes for c in rx),
+            "drops": {name: sum(c.drops[i] for c in rx) for i, name in enumerate(DROP_NAMES)},
+        },
+        "tx": {
+            "packets": sum(c.packets for c in tx),
+            "bytes": sum(c.bytes for c in tx),
+            "drops": {name: sum(c.drops[i] for c in tx) for i, name in enumerate(DROP_NAMES)},
+        },
+    }
+
+
+def run(config: UpConfig) -> None:
+    """Run the daemon in the foreground until it is told to stop."""
+
+    async def life() -> None:
+        await Daemon(config).run()
+
+    asyncio.run(life())

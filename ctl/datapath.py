@@ -1,0 +1,668 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data plane's public header (datapath/include/xdpvhost.h) as Python objects.
+
+This is the one place where control and data plane meet. The ctypes structs below mirror the header's; the library says
+its own layout (`xv_layout`), and a test compares the two. Every native object has exactly one Python owner with a
+`close()`; an object may only be closed after a `publish()` that left it out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from .errors import DatapathError
+
+log = logging.getLogger(__name__)
+
+ABI = 2
+MAX_REGIONS = 509
+MAX_PAIRS = 128
+MAX_RING_SIZE = 32768
+NO_RING = 0xFFFFFFFF
+VLAN_ANY = 0xFFFF
+NICQ_PARTIAL_CSUM = 1
+POLL_MODES = {"adaptive": 0, "busy": 1, "interrupt": 2}
+DROP_MAX = 10
+FAULT_MAX = 7
+
+DROP_NAMES: tuple[str, ...] = (
+    "not_connected",
+    "no_buffers",
+    "too_big",
+    "runt",
+    "bad_header",
+    "bad_chain",
+    "no_frames",
+    "nic_full",
+    "disabled",
+    "no_uplink",
+)
+
+
+class DpConf(Structure):
+    _fields_ = (("workers", c_uint32), ("poll", c_uint32), ("spin_us", c_uint32), ("reserved", c_uint32))
+
+
+class RegionConf(Structure):
+    _fields_ = (("gpa", c_uint64), ("size", c_uint64), ("user_addr", c_uint64), ("host", c_uint64))
+
+
+class VringConf(Structure):
+    _fields_ = (
+        ("desc", c_uint64),
+        ("avail", c_uint64),
+        ("used", c_uint64),
+        ("features", c_uint64),
+        ("num", c_uint32),
+        ("base", c_uint32),
+        ("kick_fd", c_int32),
+        ("call_fd", c_int32),
+        ("enabled", c_uint32),
+        ("reserved", c_uint32),
+    )
+
+
+class Ring(Structure):
+    """One AF_XDP ring as the kernel mapped it: addresses in this process, number of entries."""
+
+    _fields_ = (
+        ("producer", c_uint64),
+        ("consumer", c_uint64),
+        ("flags", c_uint64),
+        ("ring", c_uint64),
+        ("mask", c_uint32),
+        ("size", c_uint32),
+    )
+
+
+class NicqConf(Structure):
+    """One NIC queue: its UMEM (bytes at `umem`), frame counts, and the rings of the socket `fd` that sends."""
+
+    _fields_ = (
+        ("umem", c_uint64),
+        ("umem_size", c_uint64),
+        ("chunk", c_uint32),
+        ("rx_frames", c_uint32),
+        ("tx_frames", c_uint32),
+        ("flags", c_uint32),
+        ("fill", Ring),
+        ("comp", Ring),
+        ("tx", Ring),
+        ("fd", c_int32),
+        ("queue", c_uint32),
+    )
+
+
+class XskConf(Structure):
+    _fields_ = (("rx", Ring), ("fd", c_int32), ("reserved", c_uint32))
+
+
+class GuestConf(Structure):
+    _fields_ = (
+        ("guest", c_uint64),
+        ("rings", c_uint64),
+        ("xsks", c_uint64),
+        ("features", c_uint64),
+        ("nr_rings", c_uint32),
+        ("nr_xsks", c_uint32),
+        ("ctrl", c_uint32),
+        ("nic", c_uint32),
+        ("worker", c_uint32),
+        ("max_pairs", c_uint32),
+    )
+
+
+class NicConf(Structure):
+    _fields_ = (("queues", c_uint64), ("mcast", c_uint64), ("nr_queues", c_uint32), ("mtu", c_uint32))
+
+
+class MacConf(Structure):
+    _fields_ = (("mac", c_uint8 * 6), ("vlan", c_uint16), ("guest", c_uint32))
+
+
+class SnapshotConf(Structure):
+    _fields_ = (
+        ("guests", c_uint64),
+        ("nics", c_uint64),
+        ("macs", c_uint64),
+        ("nr_guests", c_uint32),
+        ("nr_nics", c_uint32),
+        ("nr_macs", c_uint32),
+        ("reserved", c_uint32),
+    )
+
+
+class RxCounters(Structure):
+    """Towards a guest, one queue pair."""
+
+    _fields_ = (
+        ("packets", c_uint64),
+        ("bytes", c_uint64),
+        ("copied_bytes", c_uint64),
+        ("kicks", c_uint64),
+        ("calls", c_uint64),
+        ("calls_failed", c_uint64),
+        ("csum_partial", c_uint64),
+        ("csum_finished", c_uint64),
+        ("drops", c_uint64 * DROP_MAX),
+    )
+
+
+class TxCounters(Structure):
+    """From a guest, one queue pair."""
+
+    _fields_ = (
+        ("packets", c_uint64),
+        ("bytes", c_uint64),
+        ("kicks", c_uint64),
+        ("calls", c_uint64),
+        ("calls_failed", c_uint64),
+        ("reserved", c_uint64),
+        ("drops", c_uint64 * DROP_MAX),
+    )
+
+
+class XskCounters(Structure):
+    _fields_ = (("packets", c_uint64), ("bytes", c_uint64))
+
+
+class NicqCounters(Structure):
+    _fields_ = (
+        ("tx_packets", c_uint64),
+        ("tx_bytes", c_uint64),
+        ("copied_bytes", c_uint64),
+        ("csum_finished", c_uint64),
+        ("sendto_calls", c_uint64),
+        ("sendto_busy", c_uint64),
+        ("drops", c_uint64 * DROP_MAX),
+    )
+
+
+class McastCounters(Structure):
+    _fields_ = (("packets", c_uint64), ("bytes", c_uint64), ("truncated", c_uint64))
+
+
+class WorkerCounters(Structure):
+    _fields_ = (
+        ("polls_busy", c_uint64),
+        ("polls_idle", c_uint64),
+        ("sleeps", c_uint64),
+        ("wakeups", c_uint64),
+        ("cycles_busy", c_uint64),
+        ("packets", c_uint64),
+        ("heartbeat", c_uint64),
+    )
+
+
+class CtrlState(Structure):
+    """What a guest set through its control virtqueue."""
+
+    _fields_ = (
+        ("pairs", c_uint32),
+        ("rx_mode", c_uint32),
+        ("mac", c_uint8 * 8),
+        ("commands", c_uint64),
+        ("refused", c_uint64),
+    )
+
+
+class Fault(Structure):
+    """Why the data plane gave a guest up; code 0: it did not."""
+
+    _fields_ = (("code", c_uint32), ("ring", c_uint32), ("detail", c_uint64))
+
+
+class LayoutEntry(Structure):
+    _fields_ = (("structure", c_char_p), ("field", c_char_p), ("offset", c_uint32), ("size", c_uint32))
+
+
+# The header's name of each mirrored struct. Counter structs are padded to 64 bytes there and only read through
+# pointers here, so their own size may differ while every offset is the same.
+MIRROR: Mapping[str, type[Structure]] = {
+    "xv_dp_conf": DpConf,
+    "xv_region": RegionConf,
+    "xv_vring_conf": VringConf,
+    "xv_ring": Ring,
+    "xv_nicq_conf": NicqConf,
+    "xv_xsk_conf": XskConf,
+    "xv_guest_conf": GuestConf,
+    "xv_nic_conf": NicConf,
+    "xv_mac_conf": MacConf,
+    "xv_snapshot_conf": SnapshotConf,
+    "xv_rx_counters": RxCounters,
+    "xv_tx_counters": TxCounters,
+    "xv_xsk_counters": XskCounters,
+    "xv_nicq_counters": NicqCounters,
+    "xv_mcast_counters": McastCounters,
+    "xv_worker_counters": WorkerCounters,
+    "xv_ctrl_state": CtrlState,
+    "xv_fault": Fault,
+}
+
+_PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
+    "xv_abi": (c_uint32, ()),
+    "xv_layout": (POINTER(LayoutEntry), (POINTER(c_uint32),)),
+    "xv_drop_name": (c_char_p, (c_uint32,)),
+    "xv_fault_name": (c_char_p, (c_uint32,)),
+    "xv_features": (c_uint64, ()),
+    "xv_dp_new": (c_int32, (POINTER(DpConf), POINTER(c_void_p))),
+    "xv_dp_free": (None, (c_void_p,)),
+    "xv_worker_run": (c_int32, (c_void_p, c_uint32)),
+    "xv_dp_stop": (None, (c_void_p,)),
+    "xv_dp_event_fd": (c_int32, (c_void_p,)),
+    "xv_dp_watchdog": (None, (c_void_p,)),
+    "xv_worker_counters": (POINTER(WorkerCounters), (c_void_p, c_uint32)),
+    "xv_publish": (c_int32, (c_void_p, POINTER(SnapshotConf))),
+    "xv_quiesce": (None, (c_void_p,)),
+    "xv_guest_new": (c_int32, (c_uint32, POINTER(c_void_p))),
+    "xv_guest_free": (None, (c_void_p,)),
+    "xv_guest_rx_counters": (POINTER(RxCounters), (c_void_p, c_uint32)),
+    "xv_guest_tx_counters": (POINTER(TxCounters), (c_void_p, c_uint32)),
+    "xv_guest_ctrl": (POINTER(CtrlState), (c_void_p,)),
+    "xv_guest_fault": (POINTER(Fault), (c_void_p,)),
+    "xv_guest_reset": (None, (c_void_p,)),
+    "xv_guest_announce": (None, (c_void_p, c_char_p)),
+    "xv_mem_new": (c_int32, (POINTER(RegionConf), c_uint32, c_void_p, POINTER(c_void_p))),
+    "xv_mem_free": (None, (c_void_p,)),
+    "xv_vring_new": (c_int32, (c_void_p, POINTER(VringConf), POINTER(c_void_p))),
+    "xv_vring_free": (None, (c_void_p,)),
+    "xv_vring_base": (c_uint32, (c_void_p,)),
+    "xv_vring_set_call": (None, (c_void_p, c_int32)),
+    "xv_vring_set_enabled": (None, (c_void_p, c_int32)),
+    "xv_nicq_new": (c_int32, (POINTER(NicqConf), POINTER(c_void_p))),
+    "xv_nicq_free": (None, (c_void_p,)),
+    "xv_nicq_counters": (POINTER(NicqCounters), (c_void_p,)),
+    "xv_xsk_new": (c_int32, (c_void_p, POINTER(XskConf), POINTER(c_void_p))),
+    "xv_xsk_free": (None, (c_void_p,)),
+    "xv_xsk_counters": (POINTER(XskCounters), (c_void_p,)),
+    "xv_mcast_new": (c_int32, (c_int32, POINTER(c_void_p))),
+    "xv_mcast_free": (None, (c_void_p,)),
+    "xv_mcast_counters": (POINTER(McastCounters), (c_void_p,)),
+}
+
+
+def library_path() -> Path:
+    """Where the data plane is: XDPVHOST_DATAPATH, or beside this package as the build put it there."""
+    override = os.environ.get("XDPVHOST_DATAPATH")
+    return Path(override) if override else Path(__file__).parent / "_native" / "libxdpvhost.so"
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The data plane's shared library, loaded and checked once.
+
+    Raises DatapathError when it is missing or of another ABI.
+    """
+    path = library_path()
+    try:
+        lib = ctypes.CDLL(str(path), use_errno=True)
+    except OSError as exc:
+        raise DatapathError(
+            f"cannot load the data plane {path}: {exc}; build it with `make -C datapath install`"
+        ) from exc
+    lib.xv_abi.restype = c_uint32
+    found = lib.xv_abi()
+    if found != ABI:
+        raise DatapathError(
+            f"data plane {path} has ABI {found}, this package needs {ABI}; rebuild it with scripts/setup"
+        )
+    for name, (restype, argtypes) in _PROTOTYPES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = restype, argtypes
+    return lib
+
+
+def fault_name(code: int) -> str:
+    """The sentence for an xv_fault_code."""
+    name: bytes | None = library().xv_fault_name(code)
+    return name.decode() if name else f"unknown fault {code}"
+
+
+def features() -> int:
+    """Virtio feature bits that the data plane implements (virtio 1.2, 5.1.3 and 6)."""
+    return int(library().xv_features())
+
+
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        error = DatapathError(f"{what}: {os.strerror(-result)}")
+        error.errno = -result
+        raise error
+
+
+class Region(NamedTuple):
+    """One region of guest memory. All in bytes; `host` is where it is mapped in this process."""
+
+    gpa: int
+    size: int
+    user_addr: int
+    host: int
+
+
+class _Native:
+    """Owner of one native object."""
+
+    _free = ""
+
+    def __init__(self, handle: int) -> None:
+        self._handle: int | None = handle
+
+    @property
+    def handle(self) -> int:
+        if self._handle is None:
+            raise DatapathError(f"{type(self).__name__} is used after close()")
+        return self._handle
+
+    def close(self) -> None:
+        """Free it. Only after a publish() that left it out. Idempotent."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            getattr(library(), self._free)(handle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Memory(_Native):
+    """A guest's memory table."""
+
+    _free = "xv_mem_free"
+
+
+class Vring(_Native):
+    """One started virtqueue."""
+
+    _free = "xv_vring_free"
+
+    @property
+    def base(self) -> int:
+        """The next avail index that would be read: what GET_VRING_BASE answers."""
+        return int(library().xv_vring_base(self.handle))
+
+    def set_call(self, fd: int) -> None:
+        """Interrupt the guest through `fd` (-1: not at all); Datapath.quiesce() before closing the old one."""
+        library().xv_vring_set_call(self.handle, fd)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """SET_VRING_ENABLE; Datapath.quiesce() before it is answered."""
+        library().xv_vring_set_enabled(self.handle, int(enabled))
+
+
+class GuestPort(_Native):
+    """A configured guest: counters that outlive its connections."""
+
+    _free = "xv_guest_free"
+
+    def __init__(self, handle: int, name: str, max_pairs: int) -> None:
+        super().__init__(handle)
+        self.name = name
+        self.max_pairs = max_pairs
+
+    def rx_counters(self, pair: int) -> RxCounters:
+        """Live counters of frames towards the guest."""
+        counters: RxCounters = library().xv_guest_rx_counters(self.handle, pair).contents
+        return counters
+
+    def tx_counters(self, pair: int) -> TxCounters:
+        """Live counters of frames from the guest."""
+        counters: TxCounters = library().xv_guest_tx_counters(self.handle, pair).contents
+        return counters
+
+    @property
+    def ctrl(self) -> CtrlState:
+        state: CtrlState = library().xv_guest_ctrl(self.handle).contents
+        return state
+
+    @property
+    def fault(self) -> Fault:
+        fault: Fault = library().xv_guest_fault(self.handle).contents
+        return fault
+
+    def reset(self) -> None:
+        """Forget fault and control state: a new front-end session begins. Its rings must not be published."""
+        library().xv_guest_reset(self.handle)
+
+    def announce(self, mac: bytes) -> None:
+        """Send a RARP request with this source on the guest's uplink (VHOST_USER_SEND_RARP)."""
+        library().xv_guest_announce(self.handle, mac)
+
+
+class Xsk(_Native):
+    """A guest's receiving AF_XDP socket on one NIC queue."""
+
+    _free = "xv_xsk_free"
+
+    @property
+    def counters(self) -> XskCounters:
+        counters: XskCounters = library().xv_xsk_counters(self.handle).contents
+        return counters
+
+
+class Nicq(_Native):
+    """One NIC queue with its UMEM and sending socket."""
+
+    _free = "xv_nicq_free"
+
+    @property
+    def counters(self) -> NicqCounters:
+        counters: NicqCounters = library().xv_nicq_counters(self.handle).contents
+        return counters
+
+
+class Mcast(_Native):
+    """The packet socket through which the guests hear a NIC's broadcast and multicast."""
+
+    _free = "xv_mcast_free"
+
+    @property
+    def counters(self) -> McastCounters:
+        counters: McastCounters = library().xv_mcast_counters(self.handle).contents
+        return counters
+
+
+@dataclass
+class GuestState:
+    """One guest as it is published: rings by vring index (even: towards the guest)."""
+
+    port: GuestPort
+    nic: int
+    worker: int
+    max_pairs: int
+    xsks: Sequence[Xsk] = ()
+    rings: Mapping[int, Vring] = field(default_factory=dict)
+    features: int = 0
+    ctrl: int | None = None
+
+
+@dataclass
+class NicState:
+    queues: Sequence[Nicq]
+    mcast: Mcast | None
+    mtu: int
+
+
+@dataclass(frozen=True)
+class MacEntry:
+    """(VLAN, MAC) belongs to guests[guest] of the same publication."""
+
+    mac: bytes
+    vlan: int
+    guest: int
+
+
+def _handles(objects: Sequence[_Native | None]) -> ctypes.Array[c_uint64]:
+    return (c_uint64 * max(1, len(objects)))(*(o.handle if o else 0 for o in objects))
+
+
+class Datapath:
+    """The data plane: its workers, and what they see.
+
+    All methods are for one control thread. `spin_us`: microseconds that an adaptive worker polls after the last frame.
+    """
+
+    def __init__(self, workers: int = 1, poll: str = "adaptive", spin_us: int = 50) -> None:
+        self._lib = library()
+        conf = DpConf(workers=workers, poll=POLL_MODES[poll], spin_us=spin_us)
+        handle = c_void_p()
+        _check(self._lib.xv_dp_new(byref(conf), byref(handle)), f"cannot make a data plane with {workers} workers")
+        self._handle: c_void_p | None = handle
+        self.workers = workers
+        self.poll = poll
+        self.event_fd = int(self._lib.xv_dp_event_fd(handle))
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the workers, one thread each, pinned to a CPU of its own where there are enough."""
+        cpus = sorted(os.sched_getaffinity(0))
+        for index in range(self.workers):
+            cpu = cpus[-1 - index % len(cpus)]
+            thread = threading.Thread(target=self._run, args=(index, cpu), name=f"xdpvhost-{index}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _run(self, index: int, cpu: int) -> None:
+        try:
+            os.sched_setaffinity(0, {cpu})
+        except OSError as exc:
+            log.warning("worker %d: cannot pin to CPU %d: %s", index, cpu, exc)
+        result = self._lib.xv_worker_run(self._handle, index)
+        if result < 0:
+            log.error("worker %d stopped: %s", index, os.strerror(-result))
+
+    def stop(self) -> None:
+        """Stop and join the workers. Idempotent."""
+        if self._handle is not None:
+            self._lib.xv_dp_stop(self._handle)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def close(self) -> None:
+        """Stop, then free. Every guest, ring and NIC queue may be closed after it."""
+        self.stop()
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._lib.xv_dp_free(handle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def watchdog(self) -> None:
+        self._lib.xv_dp_watchdog(self._handle)
+
+    def quiesce(self) -> None:
+        """Return when every worker has begun a new turn, and so has seen all that was set before."""
+        self._lib.xv_quiesce(self._handle)
+
+    def worker_counters(self, worker: int) -> WorkerCounters:
+        counters: WorkerCounters = self._lib.xv_worker_counters(self._handle, worker).contents
+        return counters
+
+    def memory(self, port: GuestPort, regions: Sequence[Region]) -> Memory:
+        """A memory table of `port`. Raises DatapathError (EINVAL) when regions overlap or their addresses wrap."""
+        table = (RegionConf * max(1, len(regions)))(*(RegionConf(*region) for region in regions))
+        handle = c_void_p()
+        result = self._lib.xv_mem_new(table, len(regions), port.handle, byref(handle))
+        _check(result, f"memory table of guest {port.name!r}")
+        return Memory(handle.value or 0)
+
+    def vring(
+        self,
+        mem: Memory,
+        *,
+        desc: int,
+        avail: int,
+        used: int,
+        features: int,
+        num: int,
+        base: int,
+        kick_fd: int,
+        call_fd: int,
+        enabled: bool,
+    ) -> Vring:
+        """A virtqueue at the given front-end addresses.
+
+        Raises DatapathError: EINVAL (size or alignment, virtio 1.2, 2.7), EFAULT (not inside one memory region).
+        """
+        conf = VringConf(desc, avail, used, features, num, base, kick_fd, call_fd, int(enabled), 0)
+        handle = c_void_p()
+        _check(self._lib.xv_vring_new(mem.handle, byref(conf), byref(handle)), f"virtqueue of {num} entries")
+        return Vring(handle.value or 0)
+
+    def guest(self, name: str, max_pairs: int) -> GuestPort:
+        handle = c_void_p()
+        _check(self._lib.xv_guest_new(max_pairs, byref(handle)), f"guest {name!r} with {max_pairs} queue pairs")
+        return GuestPort(handle.value or 0, name, max_pairs)
+
+    def nicq(self, conf: NicqConf) -> Nicq:
+        handle = c_void_p()
+        _check(self._lib.xv_nicq_new(byref(conf), byref(handle)), f"NIC queue {conf.queue}")
+        return Nicq(handle.value or 0)
+
+    def xsk(self, nicq: Nicq, ring: Ring, fd: int) -> Xsk:
+        handle = c_void_p()
+        conf = XskConf(rx=ring, fd=fd)
+        _check(self._lib.xv_xsk_new(nicq.handle, byref(conf), byref(handle)), "AF_XDP socket")
+        return Xsk(handle.value or 0)
+
+    def mcast(self, fd: int) -> Mcast:
+        handle = c_void_p()
+        _check(self._lib.xv_mcast_new(fd, byref(handle)), "packet socket")
+        return Mcast(handle.value or 0)
+
+    def publish(self, guests: Sequence[GuestState], nics: Sequence[NicState], macs: Sequence[MacEntry]) -> None:
+        """Make the workers see exactly this. When it returns, nothing touches what was left out."""
+        keep: list[object] = []
+        guest_table = (GuestConf * max(1, len(guests)))()
+        for conf, state in zip(guest_table, guests, strict=False):
+            count = max(state.rings, default=-1) + 1
+            rings = _handles([state.rings.get(index) for index in range(count)])
+            xsks = _handles(state.xsks)
+            keep += [rings, xsks]
+            conf.guest = state.port.handle
+            conf.rings, conf.nr_rings = ctypes.addressof(rings), count
+            conf.xsks, conf.nr_xsks = ctypes.addressof(xsks), len(state.xsks)
+            conf.features = state.features
+            conf.ctrl = NO_RING if state.ctrl is None else state.ctrl
+            conf.nic, conf.worker, conf.max_pairs = state.nic, state.worker, state.max_pairs
+        nic_table = (NicConf * max(1, len(nics)))()
+        for nic_conf, nic in zip(nic_table, nics, strict=False):
+            queues = _handles(nic.queues)
+            keep.append(queues)
+            nic_conf.queues, nic_conf.nr_queues = ctypes.addressof(queues), len(nic.queues)
+            nic_conf.mcast = nic.mcast.handle if nic.mcast else 0
+            nic_conf.mtu = nic.mtu
+        mac_table = (MacConf * max(1, len(macs)))()
+        for mac_conf, mac in zip(mac_table, macs, strict=False):
+            mac_conf.mac[:] = list(mac.mac)
+            mac_conf.vlan, mac_conf.guest = mac.vlan, mac.guest
+        conf_all = SnapshotConf(
+            guests=ctypes.addressof(guest_table),
+            nics=ctypes.addressof(nic_table),
+            macs=ctypes.addressof(mac_table),
+            nr_guests=len(guests),
+            nr_nics=len(nics),
+            nr_macs=len(macs),
+        )
+        _check(self._lib.xv_publish(self._handle, byref(conf_all)), "cannot publish to the workers")
+
+
+def is_ring_error(error: DatapathError) -> bool:
+    """Whether xv_vring_new or xv_mem_new refused what the front-end sent, and not for want of memory."""
+    return error.errno in (errno.EINVAL, errno.EFAULT)

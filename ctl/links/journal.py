@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal of changes to the host: written before each change, so that even `kill -9` leaves nothing behind unknown.
+
+A line is a JSON object. `{"id": 3, "kind": "link_up", "args": {…}}` announces a change, the same id again with new args
+amends it, and `{"id": 3, "done": true}` says that it was undone. What is announced and not done is what a dead daemon
+left behind; an entry may describe a change that never came to be, so undoing must be harmless then. A last line cut
+short by a crash was never followed by its change, and is ignored.
+
+Undoing runs backwards. How each kind is undone is in `ctl/links/undo.py`; an orderly shutdown goes the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import XdpvhostError
+
+log = logging.getLogger(__name__)
+
+Undo = Callable[[Mapping[str, Any]], str]
+
+
+@dataclass
+class Entry:
+    """A change that was announced and not yet undone. `args` are JSON values."""
+
+    id: int
+    kind: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Undone:
+    """What came of undoing one entry. Not `ok`: it stays in the journal, `detail` says why."""
+
+    kind: str
+    args: Mapping[str, Any]
+    ok: bool
+    detail: str
+
+
+class Journal:
+    """One run directory's journal. One process at a time has it open (the daemon's lock sees to that)."""
+
+    def __init__(self, path: Path, handlers: Mapping[str, Undo] | None = None) -> None:
+        """`path` is made at the first change; what it holds already is pending. `handlers`: for tests."""
+        self.path = path
+        self._handlers = handlers
+        self._pending: dict[int, Entry] = {}
+        self._next = 1
+        self._load()
+
+    def record(self, kind: str, **args: Any) -> Entry:
+        """Announce a change. When this returns it is on disk, and the change may be made."""
+        entry = Entry(self._next, kind, dict(args))
+        self._next += 1
+        self._write({"id": entry.id, "kind": kind, "args": entry.args})
+        self._pending[entry.id] = entry
+        return entry
+
+    def amend(self, entry: Entry, **args: Any) -> None:
+        """Add what became known about a change only after it was made."""
+        entry.args.update(args)
+        self._write({"id": entry.id, "kind": entry.kind, "args": entry.args})
+
+    def done(self, entry: Entry) -> None:
+        """The change is undone. A second time does nothing."""
+        if self._pending.pop(entry.id, None) is None:
+            return
+        if self._pending:
+            self._write({"id": entry.id, "done": True})
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def pending(self) -> list[Entry]:
+        """What is not undone yet, oldest first."""
+        return list(self._pending.values())
+
+    def undo(self, entry: Entry) -> Undone:
+        """Undo one change, if it is still there to be undone. Logs a failure and never raises."""
+        try:
+            detail = self._handler(entry.kind)(entry.args)
+        except (XdpvhostError, OSError) as exc:
+            log.error("cannot undo %s: %s", entry.kind, exc)
+            return Undone(entry.kind, dict(entry.args), False, str(exc))
+        self.done(entry)
+        return Undone(entry.kind, dict(entry.args), True, detail)
+
+    def replay_undo(self) -> list[Undone]:
+        """Undo everything that is pending, last change first. What fails stays pending."""
+        return [self.undo(entry) for entry in reversed(self.pending())]
+
+    def _handler(self, kind: str) -> Undo:
+        if self._handlers is None:
+            from .undo import handlers  # here, because it imports what writes journals
+
+            self._handlers = handlers()
+        try:
+            return self._handlers[kind]
+        except KeyError:
+            raise XdpvhostError(
+                f"{self.path}: entry of unknown kind {kind!r}, from another version of xdpvhost"
+            ) from None
+
+    def _load(self) -> None:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return
+        lines = text.split("\n")
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                item = json.loads(line)
+                key = int(item["id"])
+                if item.get("done"):
+                    self._pending.pop(key, None)
+                else:
+                    self._pending[key] = Entry(key, str(item["kind"]), dict(item["args"]))
+            except (ValueError, KeyError, TypeError) as exc:
+                if number == len(lines):
+                    log.warning("%s: line %d was cut short; its change was never made", self.path, number)
+                    with open(self.path, "r+b") as file:
+                        file.truncate(len(text.encode()) - len(line.encode()))
+                    break
+                raise XdpvhostError(
+                    f"{self.path}: line {number} is damaged ({exc}): look at it, undo by hand what it says, delete it"
+                ) from exc
+            self._next = max(self._next, key + 1)
+
+    def _write(self, item: Mapping[str, Any]) -> None:
+        data = json.dumps(item, separators=(",", ":")).encode() + b"\n"
+        is_new = not self.path.exists()
+        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if is_new:
+            directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)

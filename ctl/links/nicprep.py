@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a NIC needs before its frames can be steered, each change announced in the journal.
+
+- It is up.
+- It leaves VLAN tags in the frame, where the XDP program reads them.
+- It has as many receive queues as asked for, and sends on each of them.
+
+What attaching XDP itself switches off (large receive offload in generic mode, for one) is noted after the fact, so that
+it is switched on again.
+
+The guests' addresses get into the NIC's filter through a packet socket's memberships (`AddressFilter`), which the
+kernel counts and drops with the socket: the same addresses that `bridge fdb add … self` would list, but not one of them
+can be left behind, and none that the administrator put there is taken away.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import struct
+
+from ..errors import NicError
+from . import ethtool
+from .journal import Entry, Journal
+from .netlink import Link, Namespace, get_link, set_up
+
+log = logging.getLogger(__name__)
+
+VLAN_PARSING = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
+
+SOL_PACKET = 263
+PACKET_ADD_MEMBERSHIP, PACKET_DROP_MEMBERSHIP = 1, 2
+PACKET_MR_PROMISC, PACKET_MR_ALLMULTI, PACKET_MR_UNICAST = 1, 2, 3
+
+
+class NicPrep:
+    """The changes made to one NIC. `undo()` takes them back, last first."""
+
+    def __init__(self, link: Link, journal: Journal) -> None:
+        self.link = link
+        self._journal = journal
+        namespace = Namespace.current()
+        self._where = {
+            "iface": link.name,
+            "ifindex": link.index,
+            "netns_cookie": namespace.cookie,
+            "netns_inode": namespace.inode,
+        }
+        self._entries: list[Entry] = []
+        self._features: Entry | None = None
+        self._before = {name: feature.active for name, feature in ethtool.features(link.name).items()}
+        self.warnings: list[str] = []
+
+    def record(self, kind: str, **args: object) -> Entry:
+        """Announce a change to this NIC that `undo()` shall take back."""
+        entry = self._journal.record(kind, **self._where, **args)
+        self._entries.append(entry)
+        return entry
+
+    def bring_up(self) -> None:
+        if not self.link.up:
+            self.record("link_up")
+            set_up(self.link.index, True)
+
+    def keep_vlan_tags(self) -> None:
+        """A NIC that insists on stripping them is a warning: frames of a VLAN look untagged to the program."""
+        now = ethtool.features(self.link.name)
+        active = [name for name in VLAN_PARSING if name in now and now[name].active]
+        wanted = {name: False for name in active if now[name].changeable}
+        if wanted:
+            self._features = self.record("features", before=dict.fromkeys(wanted, True))
+            ethtool.set_features(self.link.name, wanted)
+            now = ethtool.features(self.link.name)
+        if any(now[name].active for name in active):
+            self.warnings.append(
+                "the NIC takes VLAN tags out of frames and can't be told not to: VLANs can't be told apart"
+            )
+
+    def set_queues(self, count: int | None) -> int:
+        """Returns the number of receive queues, `count` if one is given. Raises NicError."""
+        link = self.link
+        rx, tx = ethtool.queues(link)
+        if count is not None and count != rx:
+            self._change_queues(count, rx)
+            rx, tx = ethtool.queues(link)
+        if rx > tx:
+            raise NicError(
+                f"interface {link.name}: it receives on {rx} queues and sends on {tx} only: make it as many, with "
+                f"`ethtool -L {link.name} rx {tx}`, or let --queues {tx} do it"
+            )
+        return rx
+
+    def _change_queues(self, count: int, rx: int) -> None:
+        link = self.link
+        found = ethtool.channels(link)
+        most = found.max_receive if found else rx
+        if found is None or not 1 <= count <= most:
+            raise NicError(
+                f"interface {link.name}: {count} queues asked for, and it can have "
+                + (f"{rx}, no more and no fewer" if found is None else f"1 to {most}")
+            )
+        self.record("channels", rx=found.rx, tx=found.tx, combined=found.combined)
+        if found.combined:
+            ethtool.set_channels(link.name, 0, 0, count)
+        else:
+            ethtool.set_channels(link.name, count, max(found.tx, min(count, found.max_tx)), 0)
+
+    def note_side_effects(self) -> None:
+        """After XDP is attached: what did that change?"""
+        now = ethtool.features(self.link.name)
+        changed = {
+            name: was
+            for name, was in self._before.items()
+            if name in now and now[name].changeable and now[name].active != was
+        }
+        if not changed:
+            return
+        if self._features is None:
+            self._features = self.record("features", before=changed)
+        else:
+            self._journal.amend(self._features, before=changed)
+
+    def amend(self, entry: Entry, **args: object) -> None:
+        self._journal.amend(entry, **args)
+
+    def done(self, entry: Entry) -> None:
+        """Undone by whoever made it."""
+        self._journal.done(entry)
+        self._entries.remove(entry)
+
+    def undo(self) -> None:
+        while self._entries:
+            self._journal.undo(self._entries.pop())
+
+
+class AddressFilter:
+    """Which frames a NIC accepts on behalf of the guests, held by a packet socket that the caller owns."""
+
+    def __init__(self, sock: socket.socket, ifindex: int) -> None:
+        self._socket = sock
+        self._ifindex = ifindex
+        self._refused: set[bytes] = set()
+
+    @property
+    def promiscuous(self) -> bool:
+        """Whether an address was refused, so that the NIC takes everything."""
+        return bool(self._refused)
+
+    def accept_multicast(self) -> None:
+        self._member(PACKET_ADD_MEMBERSHIP, PACKET_MR_ALLMULTI, b"")
+
+    def add(self, mac: bytes) -> None:
+        """Raises OSError when even promiscuous mode is refused."""
+        try:
+            self._member(PACKET_ADD_MEMBERSHIP, PACKET_MR_UNICAST, mac)
+        except OSError as exc:
+            if exc.errno == errno.ENODEV:
+                raise
+            log.warning("interface %d: refuses %s in its filter (%s), promiscuous", self._ifindex, mac.hex(":"), exc)
+            if not self._refused:
+                self._member(PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC, b"")
+            self._refused.add(mac)
+
+    def remove(self, mac: bytes) -> None:
+        """A device that is gone has forgotten it already."""
+        try:
+            if mac not in self._refused:
+                self._member(PACKET_DROP_MEMBERSHIP, PACKET_MR_UNICAST, mac)
+                return
+            self._refused.discard(mac)
+            if not self._refused:
+                self._member(PACKET_DROP_MEMBERSHIP, PACKET_MR_PROMISC, b"")
+        except OSError as exc:
+            log.debug("interface %d: %s was not in its filter: %s", self._ifindex, mac.hex(":"), exc)
+
+    def _member(self, option: int, kind: int, address: bytes) -> None:
+        request = struct.pack("=iHH8s", self._ifindex, kind, len(address), address)  # struct packet_mreq
+        self._socket.setsockopt(SOL_PACKET, option, request)
+
+
+def prepare(iface: str, journal: Journal) -> NicPrep:
+    """Raises NicError when there is no such interface."""
+    return NicPrep(get_link(iface), journal)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every metric there is: name, type, labels and help. `docs/counters.md` is generated from this file.
+
+Conventions. `rx` is towards the guest and `tx` is from it, as the guest sees them. `queue` counts NIC queues in
+`xdpvhost_xdp_*`, `xdpvhost_xsk_*` and `xdpvhost_nic_*`, and the guest's queue pairs in `xdpvhost_guest_*`. An empty
+`guest` label is the host's own share. Bytes are Ethernet frames without FCS. Every series that can ever move exists
+with value 0 from the moment its object does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..datapath import DROP_NAMES
+from ..vhost.errors import Violation
+
+# struct xdp_statistics, linux/if_xdp.h
+XSK_STATISTICS = (
+    "rx_dropped",
+    "rx_invalid_descs",
+    "tx_invalid_descs",
+    "rx_ring_full",
+    "rx_fill_ring_empty_descs",
+    "tx_ring_empty_descs",
+)
+
+# What ends a front-end's connection: its vhost-user violations, and what the data plane found in its rings and memory.
+PROTOCOL_ERROR_REASONS = (*(violation.value for violation in Violation), "datapath")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric family. A counter's name ends in `_total`."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    labels: tuple[str, ...]
+    help: str
+
+
+BUILD_INFO = Metric("xdpvhost_build_info", "gauge", ("version", "abi"), "Always 1; the labels say what is running.")
+
+XDP_VERDICTS = Metric(
+    "xdpvhost_xdp_verdicts_total",
+    "counter",
+    ("iface", "queue", "guest", "verdict"),
+    "Frames that the XDP program classified. Of a guest: redirect (to its socket), no_socket (known MAC, no socket on "
+    "that queue: dropped). Of the host (guest empty): pass_unicast, pass_multicast, short (no full Ethernet header).",
+)
+XSK_RX_PACKETS = Metric(
+    "xdpvhost_xsk_receive_packets_total",
+    "counter",
+    ("iface", "queue", "guest"),
+    "Frames read from the guest's AF_XDP socket on this NIC queue.",
+)
+XSK_RX_BYTES = Metric(
+    "xdpvhost_xsk_receive_bytes_total",
+    "counter",
+    ("iface", "queue", "guest"),
+    "Bytes read from the guest's AF_XDP socket on this NIC queue.",
+)
+XSK_TX_PACKETS = Metric(
+    "xdpvhost_xsk_transmit_packets_total", "counter", ("iface", "queue"), "Frames handed to the kernel to send."
+)
+XSK_TX_BYTES = Metric(
+    "xdpvhost_xsk_transmit_bytes_total", "counter", ("iface", "queue"), "Bytes handed to the kernel to send."
+)
+XSK_DROPS = Metric(
+    "xdpvhost_xsk_drops_total",
+    "counter",
+    ("iface", "queue", "guest", "reason"),
+    "The kernel's six XDP_STATISTICS of each AF_XDP socket: " + ", ".join(XSK_STATISTICS) + ". "
+    "guest empty: the queue's sending socket. tx_ring_empty_descs is no loss: the kernel found nothing to send.",
+)
+NIC_SENDTO = Metric(
+    "xdpvhost_nic_sendto_total", "counter", ("iface", "queue"), "sendto() calls that told the kernel to send."
+)
+NIC_SENDTO_BUSY = Metric(
+    "xdpvhost_nic_sendto_busy_total",
+    "counter",
+    ("iface", "queue"),
+    "sendto() calls answered EBUSY: the NIC's queue was full and one frame was lost.",
+)
+NIC_CHECKSUMS = Metric(
+    "xdpvhost_nic_tx_checksums_total",
+    "counter",
+    ("iface", "queue"),
+    "Frames to the NIC whose checksum the guest left open and the copy finished.",
+)
+NIC_DROPS = Metric(
+    "xdpvhost_nic_drops_total",
+    "counter",
+    ("iface", "queue", "reason"),
+    "Frames to or from this NIC queue that were dropped and belong to no guest.",
+)
+MCAST_PACKETS = Metric(
+    "xdpvhost_multicast_receive_packets_total",
+    "counter",
+    ("iface",),
+    "Broadcast and multicast frames that the packet socket read from the NIC to flood them to the guests.",
+)
+MCAST_BYTES = Metric(
+    "xdpvhost_multicast_receive_bytes_total", "counter", ("iface",), "Bytes of those broadcast and multicast frames."
+)
+MCAST_TRUNCATED = Metric(
+    "xdpvhost_multicast_truncated_total", "counter", ("iface",), "Multicast frames dropped for being too long to read."
+)
+
+GUEST_RX_PACKETS = Metric(
+    "xdpvhost_guest_rx_packets_total", "counter", ("guest", "queue"), "Frames delivered into the guest's memory."
+)
+GUEST_RX_BYTES = Metric(
+    "xdpvhost_guest_rx_bytes_total", "counter", ("guest", "queue"), "Bytes delivered into the guest's memory."
+)
+GUEST_TX_PACKETS = Metric(
+    "xdpvhost_guest_tx_packets_total",
+    "counter",
+    ("guest", "queue"),
+    "Frames that the guest sent, delivered or not.",
+)
+GUEST_TX_BYTES = Metric(
+    "xdpvhost_guest_tx_bytes_total", "counter", ("guest", "queue"), "Bytes that the guest sent, delivered or not."
+)
+GUEST_DROPS = Metric(
+    "xdpvhost_guest_drops_total",
+    "counter",
+    ("guest", "queue", "direction", "reason"),
+    "Frames dropped on the way to (rx) or from (tx) the guest: " + ", ".join(DROP_NAMES) + ".",
+)
+GUEST_KICKS = Metric(
+    "xdpvhost_guest_kicks_total",
+    "counter",
+    ("guest", "queue", "direction"),
+    "Notifications that the guest sent for its receive (rx) or transmit (tx) ring.",
+)
+GUEST_CALLS = Metric(
+    "xdpvhost_guest_calls_total",
+    "counter",
+    ("guest", "queue", "direction"),
+    "Interrupts sent to the guest for its receive (rx) or transmit (tx) ring.",
+)
+GUEST_CALLS_FAILED = Metric(
+    "xdpvhost_guest_calls_failed_total",
+    "counter",
+    ("guest", "queue", "direction"),
+    "Interrupts that the guest's call descriptor did not take.",
+)
+GUEST_RX_CHECKSUMS = Metric(
+    "xdpvhost_guest_rx_checksums_total",
+    "counter",
+    ("guest", "queue", "result"),
+    "Frames with an open checksum: handed to the guest as NEEDS_CSUM (partial), finished during the copy (finished).",
+)
+GUEST_CONTROL = Metric(
+    "xdpvhost_guest_control_commands_total",
+    "counter",
+    ("guest", "result"),
+    "Commands of the guest's control virtqueue, for front-ends that leave it to the backend: ok, refused.",
+)
+COPIED_BYTES = Metric(
+    "xdpvhost_copied_bytes_total",
+    "counter",
+    ("direction", "guest", "iface", "queue"),
+    "Payload bytes that the CPU copied: direction guest (into that guest's memory, from the NIC or another guest; "
+    "iface is empty) or nic (into UMEM, to be sent; guest is empty). Equal to the bytes delivered: one copy a frame.",
+)
+GUEST_CONNECTED = Metric(
+    "xdpvhost_guest_connected", "gauge", ("guest",), "1 while a front-end (the guest's virtual machine) is attached."
+)
+GUEST_RECONNECTS = Metric(
+    "xdpvhost_guest_reconnects_total", "counter", ("guest",), "Front-end connections after the first."
+)
+GUEST_PROTOCOL_ERRORS = Metric(
+    "xdpvhost_guest_protocol_errors_total",
+    "counter",
+    ("guest", "reason"),
+    "Connections ended because the front-end broke the vhost-user protocol, or its rings or memory the virtio rules.",
+)
+
+WORKER_POLLS = Metric(
+    "xdpvhost_worker_polls_total",
+    "counter",
+    ("worker", "result"),
+    "Turns of the worker's loop: busy (frames were moved), idle (there were none).",
+)
+WORKER_SLEEPS = Metric("xdpvhost_worker_sleeps_total", "counter", ("worker",), "Times that the worker went to sleep.")
+WORKER_WAKEUPS = Metric(
+    "xdpvhost_worker_wakeups_total", "counter", ("worker",), "Times that a notification ended the worker's sleep."
+)
+WORKER_CYCLES = Metric(
+    "xdpvhost_worker_busy_cycles_total",
+    "counter",
+    ("worker",),
+    "Timestamp-counter cycles of the turns that moved frames; divided by packets: cycles a frame.",
+)
+WORKER_PACKETS = Metric(
+    "xdpvhost_worker_packets_total", "counter", ("worker",), "Frames that the worker read from any port."
+)
+
+METRICS: tuple[Metric, ...] = (
+    BUILD_INFO,
+    XDP_VERDICTS,
+    XSK_RX_PACKETS,
+    XSK_RX_BYTES,
+    XSK_TX_PACKETS,
+    XSK_TX_BYTES,
+    XSK_DROPS,
+    NIC_SENDTO,
+    NIC_SENDTO_BUSY,
+    NIC_CHECKSUMS,
+    NIC_DROPS,
+    MCAST_PACKETS,
+    MCAST_BYTES,
+    MCAST_TRUNCATED,
+    GUEST_RX_PACKETS,
+    GUEST_RX_BYTES,
+    GUEST_TX_PACKETS,
+    GUEST_TX_BYTES,
+    GUEST_DROPS,
+    GUEST_KICKS,
+    GUEST_CALLS,
+    GUEST_CALLS_FAILED,
+    GUEST_RX_CHECKSUMS,
+    GUEST_CONTROL,
+    COPIED_BYTES,
+    GUEST_CONNECTED,
+    GUEST_RECONNECTS,
+    GUEST_PROTOCOL_ERRORS,
+    WORKER_POLLS,
+    WORKER_SLEEPS,
+    WORKER_WAKEUPS,
+    WORKER_CYCLES,
+    WORKER_PACKETS,
+)

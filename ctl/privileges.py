@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which capabilities this process has, and a refusal that names the missing one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import PrivilegeError
+
+# include/uapi/linux/capability.h
+CAPABILITIES = {
+    "CAP_NET_ADMIN": 12,
+    "CAP_NET_RAW": 13,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_PERFMON": 38,
+    "CAP_BPF": 39,
+}
+
+# One of each row is enough: capabilities(7).
+UP: tuple[tuple[str, ...], ...] = (("CAP_NET_ADMIN",), ("CAP_NET_RAW",), ("CAP_BPF", "CAP_SYS_ADMIN"))
+CLEAN: tuple[tuple[str, ...], ...] = (("CAP_NET_ADMIN",), ("CAP_BPF", "CAP_SYS_ADMIN"))
+TRACE: tuple[tuple[str, ...], ...] = (("CAP_BPF", "CAP_SYS_ADMIN"), ("CAP_PERFMON", "CAP_SYS_ADMIN"))
+
+
+def effective() -> frozenset[str]:
+    """The names, out of CAPABILITIES, in this process's effective set."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            mask = int(line.split()[1], 16)
+            return frozenset(name for name, bit in CAPABILITIES.items() if mask >> bit & 1)
+    return frozenset()
+
+
+def require(command: str, needs: Sequence[Sequence[str]], have: frozenset[str] | None = None) -> None:
+    """Raise PrivilegeError naming what `command` lacks. `have` defaults to the effective set."""
+    present = effective() if have is None else have
+    missing = [" or ".join(row) for row in needs if not present.intersection(row)]
+    if missing:
+        raise PrivilegeError(f"`xdpvhost {command}` lacks {', '.join(missing)}; run it as root or with sudo")

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control's picture of the switch: which NICs and guests there are, and what of them the workers see.
+
+Theory of operation. The data plane only knows whole snapshots, so every change here (a guest added, a ring started, a
+front-end gone) ends in `_publish()`, which describes everything anew. Slots number guests towards the XDP program and
+the AF_XDP sockets; the guests' places in a snapshot are their places in `guests`.
+
+A guest arrives in four steps, so that no frame is steered to where nobody looks: sockets, snapshot, steering, and only
+then its vhost-user socket (ctl/daemon.py). It leaves in the opposite order.
+
+A `GuestEntry` is what a guest's vhost-user session sees of all this (ctl/vhost/port.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import datapath
+from .datapath import VLAN_ANY, Datapath, GuestPort, GuestState, MacEntry, Memory, NicState, Region, Vring, Xsk
+from .errors import ConfigError, XdpvhostError
+from .vhost.errors import ProtocolError, Violation
+from .xdp.maps import MAX_SLOTS
+
+if TYPE_CHECKING:
+    from .config import GuestSpec
+    from .xdp.nic import Nic
+
+log = logging.getLogger(__name__)
+
+F_MTU, F_MAC, F_STATUS, F_MQ, F_PROTOCOL_FEATURES = (1 << bit for bit in (3, 5, 16, 22, 30))
+
+
+class GuestEntry:
+    """One configured guest. Implements DevicePort for its vhost-user sessions."""
+
+    def __init__(self, switch: Switch, slot: int, spec: GuestSpec, nic: Nic, port: GuestPort) -> None:
+        self._switch = switch
+        self.slot = slot
+        self.spec = spec
+        self.nic = nic
+        self.port = port
+        self.xsks: Sequence[Xsk] = ()
+        self.connected = False
+        self.sessions = 0
+        self.protocol_errors: Counter[str] = Counter({str(violation): 0 for violation in Violation})
+        self.protocol_errors["datapath"] = 0
+        self.features = 0
+        self.rings: Mapping[int, Vring] = {}
+        self.ctrl: int | None = None
+        self._fault_seen = False
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def max_pairs(self) -> int:
+        return self.spec.queues
+
+    @property
+    def mac(self) -> bytes:
+        return self.spec.mac
+
+    @property
+    def mtu(self) -> int:
+        return self.nic.mtu
+
+    @property
+    def reconnects(self) -> int:
+        """Sessions after the first."""
+        return max(0, self.sessions - 1)
+
+    @property
+    def device_features(self) -> int:
+        offered = datapath.features() | F_MTU | F_MAC | F_STATUS | F_PROTOCOL_FEATURES
+        return offered if self.max_pairs > 1 else offered & ~F_MQ
+
+    def memory(self, regions: Sequence[Region]) -> Memory:
+        return self._switch.dp.memory(self.port, regions)
+
+    def vring(self, mem: Memory, **ring: Any) -> Vring:
+        return self._switch.dp.vring(mem, **ring)
+
+    def apply(self, features: int, rings: Mapping[int, Vring], ctrl: int | None) -> None:
+        before = self.features, self.rings, self.ctrl
+        self.features, self.rings, self.ctrl = features, dict(rings), ctrl
+        try:
+            self._switch.publish()
+        except XdpvhostError:
+            self.features, self.rings, self.ctrl = before
+            raise
+
+    def quiesce(self) -> None:
+        self._switch.dp.quiesce()
+
+    def announce(self, mac: bytes) -> None:
+        self.port.announce(mac)
+
+    def attached(self, up: bool) -> None:
+        self.connected = up
+        if up:
+            self.sessions += 1
+            self.port.reset()
+            self._fault_seen = False
+
+    def protocol_error(self, error: ProtocolError) -> None:
+        self.protocol_errors[str(error.violation)] += 1
+
+    def new_fault(self) -> str | None:
+        """Why the data plane gave this guest up, once."""
+        fault = self.port.fault
+        code = fault.code
+        if code == 0 or code >= datapath.FAULT_MAX or self._fault_seen:
+            return None
+        self._fault_seen = True
+        self.protocol_errors["datapath"] += 1
+        ring = "" if fault.ring == datapath.NO_RING else f" (ring {fault.ring}, {fault.detail:#x})"
+        return datapath.fault_name(code) + ring
+
+
+class Switch:
+    """The guests and NICs of one daemon. For the control thread only."""
+
+    def __init__(self, dp: Datapath) -> None:
+        self.dp = dp
+        self.guests: dict[str, GuestEntry] = {}
+        self.nics: list[Nic] = []
+
+    def add_nic(self, nic: Nic) -> int:
+        """Take ownership of an open NIC; its index."""
+        self.nics.append(nic)
+        self.publish()
+        return len(self.nics) - 1
+
+    def add_guest(self, spec: GuestSpec, nic_index: int = 0) -> GuestEntry:
+        """Make a guest's port and sockets and steer its frames there. On XdpvhostError nothing has changed."""
+        if spec.name in self.guests:
+            raise ConfigError(f"guest {spec.name!r} exists already; remove it first, or choose another name")
+        nic = self.nics[nic_index]
+        slot = self._free_slot()
+        entry = GuestEntry(self, slot, spec, nic, self.dp.guest(spec.name, spec.queues))
+        try:
+            entry.xsks = nic.add_guest(slot, spec.name, [(0, spec.mac), (VLAN_ANY, spec.mac)])
+            self.guests[spec.name] = entry
+            self.publish()
+            nic.steer(slot)
+        except BaseException:
+            self._forget(entry)
+            raise
+        return entry
+
+    def remove_guest(self, name: str) -> None:
+        """Undo add_guest. The guest's session must have ended."""
+        self._forget(self.guests[name])
+
+    def _forget(self, entry: GuestEntry) -> None:
+        entry.nic.unsteer(entry.slot)
+        if self.guests.pop(entry.name, None) is not None:
+            self.publish()
+        entry.nic.remove_guest(entry.slot)
+        entry.port.close()
+
+    def _free_slot(self) -> int:
+        taken = {entry.slot for entry in self.guests.values()}
+        for slot in range(MAX_SLOTS):
+            if slot not in taken:
+                return slot
+        raise ConfigError(f"there are {MAX_SLOTS} guests already, which is the most; remove one first")
+
+    def publish(self) -> None:
+        """Show the workers everything as it is now; when it returns they have forgotten the rest."""
+        guests: list[GuestState] = []
+        macs: list[MacEntry] = []
+        for entry in self.guests.values():
+            macs += [MacEntry(entry.mac, vlan, len(guests)) for vlan in (0, VLAN_ANY)]
+            guests.append(
+                GuestState(
+                    port=entry.port,
+                    nic=self.nics.index(entry.nic),
+                    worker=entry.slot % self.dp.workers,
+                    max_pairs=entry.max_pairs,
+                    xsks=entry.xsks,
+                    rings=entry.rings,
+                    features=entry.features,
+                    ctrl=entry.ctrl,
+                )
+            )
+        nics = [NicState(nic.queues, nic.mcast, nic.mtu) for nic in self.nics]
+        self.dp.publish(guests, nics, macs)
+
+    def faulted(self) -> list[tuple[GuestEntry, str]]:
+        """Guests that the data plane gave up since the last call, and why."""
+        return [(entry, why) for entry in self.guests.values() if (why := entry.new_fault()) is not None]
+
+    def close(self) -> None:
+        """Remove the guests, give the NICs back. Every session must have ended."""
+        for name in list(self.guests):
+            self.remove_guest(name)
+        nics, self.nics = self.nics, []
+        self.publish()
+        for nic in nics:
+            nic.close()

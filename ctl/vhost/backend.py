@@ -1,0 +1,528 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vhost-user back-end's state machine for one virtio-net device and one front-end session.
+
+Theory of operation
+===================
+A session is: messages in, state changed, the data plane told, reply out; one message at a time. `TABLE` maps every
+request that is served to one small handler, with its payload, its descriptors and the protocol feature that gates it.
+A request that is not in the table is in `UNSUPPORTED` with the reason, and docs/vhost-user.md is generated from both.
+
+Rings, their states and how they enter and leave the data plane are in rings.py; a handler here says what changes, between
+`Rings.detach` and `Rings.attach`.
+
+Who owns what: the session owns the mappings, the `Memory`, the `Vring`s and every descriptor it was sent, and `close`
+gives all of it back: the rings leave the data plane first, then they, the memory and its mappings go.
+
+Not here yet: dirty-page log (SET_LOG_BASE, F_LOG_ALL) and in-flight buffers. They are new entries of `TABLE`, new bits
+in `OFFERED` and new arguments of `DevicePort.vring`; the log flag and address of a ring are already kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from ..errors import DatapathError
+from .connection import Connection, Message
+from .errors import ProtocolError, RequestRefused, Violation
+from .fds import Fd, FdBag, close_fd, notification_fd, signal
+from .memory import MappedRegion, check_table, map_region, map_table, unmap
+from .port import DevicePort
+from .wire import (
+    F_PROTOCOL_FEATURES,
+    MAX_CONFIG,
+    MAX_MEM_SLOTS,
+    MAX_RING_SIZE,
+    U64,
+    BackendRequest,
+    Config,
+    Empty,
+    MemTable,
+    Payload,
+    ProtocolFeature,
+    Request,
+    SingleRegion,
+    VringAddr,
+    VringFile,
+    VringState,
+    message,
+    net_config,
+    reply,
+    request_name,
+)
+
+log = logging.getLogger(__name__)
+
+OFFERED = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.RARP
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.MTU
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.BACKEND_SEND_FD
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+)
+MIN_MTU = 68
+ACK_OK = U64(0).pack()
+ACK_FAILED = U64(1).pack()
+
+
+class VhostUserDevice:
+    """One front-end's session with one device; `serve` runs it to its end."""
+
+    def __init__(self, port: DevicePort, connection: Connection) -> None:
+        self._port = port
+        self._connection = connection
+        self._features_set = False
+        self._protocol_features = ProtocolFeature(0)
+        self._status = 0
+        self._mtu = port.mtu
+        self._rings = Rings(port)
+        self._regions: list[MappedRegion] = []
+        self._backend_channel: Fd | None = None
+        self._closed = False
+
+    async def serve(self) -> None:
+        """Answers messages until the front-end leaves. Raises ProtocolError, ConnectionError; always ends closed."""
+        try:
+            while (received := await self._connection.receive()) is not None:
+                try:
+                    answer = self._dispatch(received)
+                except ProtocolError:
+                    if self._wants_ack(received):
+                        await self._connection.send(reply(received.header.request, ACK_FAILED))
+                    raise
+                finally:
+                    received.fds.close()
+                if answer is not None:
+                    await self._connection.send(reply(received.header.request, answer))
+                await asyncio.sleep(0)
+        except ProtocolError:
+            for ring in self._rings:
+                signal(ring.err)
+            raise
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Gives everything back. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._port.apply(0, {}, None)
+        except DatapathError:
+            log.critical("guest %r: the data plane keeps its rings, so its memory stays mapped", self._port.name)
+            raise
+        for ring in self._rings:
+            ring.close()
+        if self._rings.memory is not None:
+            self._rings.memory.close()
+        unmap(self._regions)
+        close_fd(self._backend_channel)
+
+    def config_changed(self) -> None:
+        """Tells the front-end to read the configuration space again, if it gave a channel for that."""
+        if self._backend_channel is not None:
+            send_notice(self._backend_channel, message(BackendRequest.CONFIG_CHANGE_MSG))
+
+    @property
+    def summary(self) -> Mapping[str, int]:
+        """Facts for `xdpvhost status`."""
+        return {
+            "features": self._rings.features,
+            "protocol_features": int(self._protocol_features),
+            "status": self._status,
+            "regions": len(self._regions),
+            "rings_started": sum(ring.started for ring in self._rings),
+            "rings_running": sum(ring.vring is not None for ring in self._rings),
+            "rings_enabled": sum(ring.enabled for ring in self._rings),
+        }
+
+    # ---- one message ----
+
+    def _wants_ack(self, received: Message) -> bool:
+        """REPLY_ACK counts from the message after the one that negotiated it."""
+        entry = TABLE.get(received.header.request)
+        own_reply = entry is not None and entry.replies
+        return received.header.need_reply and not own_reply and ProtocolFeature.REPLY_ACK in self._protocol_features
+
+    def _dispatch(self, received: Message) -> bytes | None:
+        """Checks and serves one message; the reply's payload, or None. Raises ProtocolError."""
+        number = received.header.request
+        wants_ack = self._wants_ack(received)
+        entry = TABLE.get(number)
+        if entry is None or (entry.needs and entry.needs not in OFFERED):
+            raise ProtocolError(Violation.REQUEST, f"{request_name(number)} is not a request that xdpvhost offers")
+        try:
+            payload = entry.payload.parse(received.payload)
+            expected = payload.fds
+            few, many = entry.fds if expected is None else (expected, expected)
+            if not few <= len(received.fds) <= many:
+                belong = f"{few}" if few == many else f"{few} to {many}"
+                raise ProtocolError(
+                    Violation.FDS, f"{len(received.fds)} descriptors came with it, {belong} would be right"
+                )
+            answer = entry.handler(self, payload, received.fds)
+        except RequestRefused as refused:
+            log.warning("guest %r: %s: %s", self._port.name, request_name(number), refused)
+            return ACK_FAILED if wants_ack else None
+        except ProtocolError as error:
+            raise ProtocolError(error.violation, f"{request_name(number)}: {error}") from error
+        if answer is None and wants_ack:
+            return ACK_OK
+        return answer
+
+    # ---- handlers: session and features ----
+
+    def _get_features(self, _payload: Empty, _fds: FdBag) -> bytes:
+        return U64(self._port.device_features).pack()
+
+    def _set_features(self, payload: U64, _fds: FdBag) -> None:
+        if extra := payload.value & ~self._port.device_features:
+            raise ProtocolError(Violation.VALUE, f"features {extra:#x} were not offered")
+        if self._features_set and payload.value == self._rings.features:
+            return
+        self._rings.detach(self._rings)
+        self._rings.features, self._features_set = payload.value, True
+        if not payload.value & F_PROTOCOL_FEATURES:
+            for ring in self._rings:
+                ring.enabled = True
+        self._rings.attach()
+
+    def _get_protocol_features(self, _payload: Empty, _fds: FdBag) -> bytes:
+        return U64(OFFERED).pack()
+
+    def _set_protocol_features(self, payload: U64, _fds: FdBag) -> None:
+        if extra := payload.value & ~OFFERED:
+            raise ProtocolError(Violation.VALUE, f"protocol features {extra:#x} were not offered")
+        self._protocol_features = ProtocolFeature(payload.value)
+
+    def _nothing(self, _payload: Empty, _fds: FdBag) -> None:
+        return None
+
+    def _get_queue_num(self, _payload: Empty, _fds: FdBag) -> bytes:
+        return U64(self._port.max_pairs).pack()
+
+    def _set_backend_req_fd(self, _payload: Empty, fds: FdBag) -> None:
+        channel = notification_fd(fds, "the back-end channel")
+        if channel.kind != "socket":
+            channel.close()
+            raise ProtocolError(Violation.FDS, "the back-end channel is not a socket")
+        old, self._backend_channel = self._backend_channel, channel
+        close_fd(old)
+
+    def _get_status(self, _payload: Empty, _fds: FdBag) -> bytes:
+        return U64(self._status).pack()
+
+    def _set_status(self, payload: U64, _fds: FdBag) -> None:
+        if payload.value > 0xFF:
+            raise ProtocolError(Violation.VALUE, f"device status {payload.value:#x} is not an 8-bit value")
+        self._status = payload.value
+        if self._status == 0:
+            self._rings.stop(self._rings)
+
+    def _reset_device(self, _payload: Empty, _fds: FdBag) -> None:
+        """Memory and call descriptors stay: QEMU sends only memory changes, and its call descriptors just once."""
+        self._rings.stop(self._rings)
+        for ring in self._rings:
+            ring.num, ring.base, ring.addr, ring.enabled = 0, 0, None, False
+        self._rings.features, self._features_set, self._status = 0, False, 0
+        self._mtu = self._port.mtu
+
+    # ---- handlers: memory ----
+
+    def _replace_memory(self, regions: list[MappedRegion], dropped: Sequence[MappedRegion], incomplete: bool) -> None:
+        """Moves all rings to a new table; `dropped` is unmapped when nothing uses it any more."""
+        old_memory = self._rings.memory
+        try:
+            self._rings.detach(self._rings)
+        except DatapathError:
+            unmap([mapped for mapped in regions if mapped not in self._regions])
+            raise
+        self._regions, self._rings.memory = regions, None
+        if old_memory is not None:
+            old_memory.close()
+        unmap(dropped)
+        if regions:
+            try:
+                self._rings.memory = self._port.memory([region.for_datapath for region in regions])
+            except DatapathError as error:
+                raise ProtocolError(Violation.MEMORY, f"memory table cannot be used: {error}") from error
+            self._rings.attach(memory_incomplete=incomplete)
+
+    def _set_mem_table(self, payload: MemTable, fds: FdBag) -> None:
+        regions = map_table(payload.regions, fds.take_all())
+        self._replace_memory(regions, self._regions, incomplete=False)
+
+    def _get_max_mem_slots(self, _payload: Empty, _fds: FdBag) -> bytes:
+        return U64(MAX_MEM_SLOTS).pack()
+
+    def _add_mem_reg(self, payload: SingleRegion, fds: FdBag) -> None:
+        check_table([*(mapped.region for mapped in self._regions), payload.region])
+        added = map_region(payload.region, fds.take())
+        self._replace_memory([*self._regions, added], (), incomplete=True)
+
+    def _rem_mem_reg(self, payload: SingleRegion, _fds: FdBag) -> None:
+        gone = [mapped for mapped in self._regions if mapped.region.same_place(payload.region)]
+        if not gone:
+            raise ProtocolError(Violation.MEMORY, f"there is no memory region at {payload.region.gpa:#x} to remove")
+        kept = [mapped for mapped in self._regions if mapped not in gone]
+        self._replace_memory(kept, gone, incomplete=True)
+
+    # ---- handlers: rings ----
+
+    def _set_vring_num(self, payload: VringState, _fds: FdBag) -> None:
+        ring, num = self._rings[payload.index], payload.num
+        if not 0 < num <= MAX_RING_SIZE or num & (num - 1):
+            raise ProtocolError(
+                Violation.VALUE, f"ring {ring.index} of {num} entries; a power of two up to {MAX_RING_SIZE} is needed"
+            )
+        if num != ring.num:
+            self._rings.detach([ring])
+            ring.num = num
+            self._rings.attach()
+
+    def _set_vring_addr(self, payload: VringAddr, _fds: FdBag) -> None:
+        ring = self._rings[payload.index]
+        if not payload.same_ring(ring.addr):
+            self._rings.detach([ring])
+        ring.addr = payload
+        self._rings.attach()
+
+    def _set_vring_base(self, payload: VringState, _fds: FdBag) -> None:
+        ring = self._rings[payload.index]
+        if payload.num > 0xFFFF:
+            raise ProtocolError(Violation.VALUE, f"ring {ring.index}: base {payload.num:#x} is not a 16-bit index")
+        self._rings.detach([ring])
+        ring.base = payload.num
+        self._rings.attach()
+
+    def _get_vring_base(self, payload: VringState, _fds: FdBag) -> bytes:
+        ring = self._rings[payload.index]
+        self._rings.stop([ring])
+        return VringState(ring.index, ring.base).pack()
+
+    def _set_vring_enable(self, payload: VringState, _fds: FdBag) -> None:
+        ring = self._rings[payload.index]
+        if payload.num > 1:
+            raise ProtocolError(Violation.VALUE, f"ring {ring.index}: enable is 0 or 1, not {payload.num}")
+        if ring.enabled == bool(payload.num):
+            return
+        ring.enabled = bool(payload.num)
+        if ring.parked:
+            self._rings.detach([ring])
+        elif ring.vring is None:
+            self._rings.attach()
+        else:
+            ring.vring.set_enabled(ring.enabled)
+            if ring.enabled:
+                self._rings.publish()
+            else:
+                self._port.quiesce()
+
+    def _set_vring_kick(self, payload: VringFile, fds: FdBag) -> None:
+        ring = self._rings[payload.index]
+        kick = notification_fd(fds, f"the kick of ring {ring.index}") if payload.has_fd else None
+        self._rings.detach([ring])
+        old, ring.kick = ring.kick, kick
+        close_fd(old)
+        ring.started = True
+        self._rings.attach()
+
+    def _set_vring_call(self, payload: VringFile, fds: FdBag) -> None:
+        ring = self._rings[payload.index]
+        call = notification_fd(fds, f"the call of ring {ring.index}") if payload.has_fd else None
+        old, ring.call = ring.call, call
+        ring.call_is_socket = call is not None and call.kind == "socket"
+        if ring.parked:
+            self._rings.detach([ring])
+        elif ring.vring is not None:
+            ring.vring.set_call(call.number if call else -1)
+            self._port.quiesce()
+            signal(call)
+        close_fd(old)
+        self._rings.attach()
+
+    def _set_vring_err(self, payload: VringFile, fds: FdBag) -> None:
+        ring = self._rings[payload.index]
+        err = notification_fd(fds, f"the error notifier of ring {ring.index}") if payload.has_fd else None
+        old, ring.err = ring.err, err
+        close_fd(old)
+
+    # ---- handlers: virtio-net ----
+
+    def _send_rarp(self, payload: U64, _fds: FdBag) -> None:
+        mac = payload.pack()[:6]
+        if mac[0] & 1 or not any(mac):
+            raise RequestRefused(f"{mac.hex(':')} is not a station's address")
+        self._port.announce(mac)
+
+    def _net_set_mtu(self, payload: U64, _fds: FdBag) -> None:
+        if not MIN_MTU <= payload.value <= self._port.mtu:
+            raise RequestRefused(f"MTU {payload.value} is not between {MIN_MTU} and the uplink's {self._port.mtu}")
+        self._mtu = payload.value
+
+    def _get_config(self, payload: Config, _fds: FdBag) -> bytes:
+        """As many bytes as were asked for, zeros behind the structure; no payload at all is the answer to nonsense."""
+        size = len(payload.data)
+        if payload.offset + size > MAX_CONFIG:
+            return b""
+        space = net_config(self._port.mac, self._port.max_pairs, self._mtu).ljust(MAX_CONFIG, b"\0")
+        return Config(payload.offset, payload.flags, space[payload.offset : payload.offset + size]).pack()
+
+    def _set_config(self, _payload: Config, _fds: FdBag) -> None:
+        raise RequestRefused("a virtio-net device's configuration space is read-only")
+
+
+def send_notice(channel: Fd, data: bytes) -> None:
+    """Writes to the back-end channel without waiting; a front-end that lets it fill up misses the notice."""
+    try:
+        os.write(channel.number, data)
+    except OSError as error:
+        log.info("back-end channel: %s", error.strerror)
+
+
+P = TypeVar("P", bound=Payload)
+Handler = Callable[[VhostUserDevice, P, FdBag], bytes | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Generic[P]):
+    """How one request is served: payload class, (fewest, most) descriptors, handler, and the line for the docs."""
+
+    payload: Any
+    handler: Handler[P]
+    does: str
+    fds: tuple[int, int] = (0, 0)
+    needs: ProtocolFeature | None = None
+    replies: bool = False
+
+
+_D = VhostUserDevice
+_PF = ProtocolFeature
+
+TABLE: Mapping[int, Entry[Any]] = {
+    Request.GET_FEATURES: Entry(Empty, _D._get_features, "virtio features of the data plane, and bit 30", replies=True),
+    Request.SET_FEATURES: Entry(
+        U64,
+        _D._set_features,
+        "anything not offered ends the session; running rings are rebuilt; without bit 30 all rings are enabled",
+    ),
+    Request.SET_OWNER: Entry(Empty, _D._nothing, "accepted: a connection is a session"),
+    Request.RESET_OWNER: Entry(Empty, _D._nothing, "ignored, as the specification recommends; deprecated"),
+    Request.SET_MEM_TABLE: Entry(
+        MemTable,
+        _D._set_mem_table,
+        "1-8 regions, one file each; running rings move to the new table at the index they had",
+        fds=(1, 8),
+    ),
+    Request.SET_VRING_NUM: Entry(VringState, _D._set_vring_num, "a power of two up to 32768"),
+    Request.SET_VRING_ADDR: Entry(
+        VringAddr, _D._set_vring_addr, "front-end addresses, aligned; the log flag and address are kept for later"
+    ),
+    Request.SET_VRING_BASE: Entry(VringState, _D._set_vring_base, "next available index; 16 bits"),
+    Request.GET_VRING_BASE: Entry(
+        VringState,
+        _D._get_vring_base,
+        "stops the ring; the next available index, also for a ring that was never set up",
+        replies=True,
+    ),
+    Request.SET_VRING_KICK: Entry(
+        VringFile, _D._set_vring_kick, "starts the ring; without a descriptor the ring is polled", fds=(0, 1)
+    ),
+    Request.SET_VRING_CALL: Entry(
+        VringFile,
+        _D._set_vring_call,
+        "eventfd, pipe or stream socket; replaced on a running ring it is signalled once",
+        fds=(0, 1),
+    ),
+    Request.SET_VRING_ERR: Entry(
+        VringFile, _D._set_vring_err, "signalled when the session ends by a protocol error", fds=(0, 1)
+    ),
+    Request.GET_PROTOCOL_FEATURES: Entry(
+        Empty, _D._get_protocol_features, "the bits that gate rows of this table", replies=True
+    ),
+    Request.SET_PROTOCOL_FEATURES: Entry(
+        U64, _D._set_protocol_features, "legal before SET_FEATURES; anything not offered ends the session"
+    ),
+    Request.GET_QUEUE_NUM: Entry(
+        Empty, _D._get_queue_num, "queue pairs, which is what QEMU and DPDK compare with", needs=_PF.MQ, replies=True
+    ),
+    Request.SET_VRING_ENABLE: Entry(
+        VringState, _D._set_vring_enable, "any time, for any ring, started or not; also without protocol features"
+    ),
+    Request.SEND_RARP: Entry(U64, _D._send_rarp, "a RARP for that address on the uplink", needs=_PF.RARP),
+    Request.NET_SET_MTU: Entry(
+        U64, _D._net_set_mtu, "68 up to the uplink's MTU; refused otherwise, the session goes on", needs=_PF.MTU
+    ),
+    Request.SET_BACKEND_REQ_FD: Entry(
+        Empty,
+        _D._set_backend_req_fd,
+        "kept for CONFIG_CHANGE_MSG, which is never sent with need_reply",
+        fds=(1, 1),
+        needs=_PF.BACKEND_REQ,
+    ),
+    Request.GET_CONFIG: Entry(
+        Config,
+        _D._get_config,
+        "struct virtio_net_config, zeros behind it up to 256 bytes; an empty reply beyond that",
+        needs=_PF.CONFIG,
+        replies=True,
+    ),
+    Request.SET_CONFIG: Entry(
+        Config, _D._set_config, "refused: nothing in it is writable; the session goes on", needs=_PF.CONFIG
+    ),
+    Request.RESET_DEVICE: Entry(
+        Empty,
+        _D._reset_device,
+        "rings stopped, disabled and forgotten, features and status zero; memory and call descriptors stay",
+        needs=_PF.RESET_DEVICE,
+    ),
+    Request.GET_MAX_MEM_SLOTS: Entry(
+        Empty, _D._get_max_mem_slots, str(MAX_MEM_SLOTS), needs=_PF.CONFIGURE_MEM_SLOTS, replies=True
+    ),
+    Request.ADD_MEM_REG: Entry(
+        SingleRegion,
+        _D._add_mem_reg,
+        "running rings move to the larger table at the index they had",
+        fds=(1, 1),
+        needs=_PF.CONFIGURE_MEM_SLOTS,
+    ),
+    Request.REM_MEM_REG: Entry(
+        SingleRegion,
+        _D._rem_mem_reg,
+        "identified by address and size; a ring inside waits for its memory to come back; a stray descriptor is closed",
+        fds=(0, 1),
+        needs=_PF.CONFIGURE_MEM_SLOTS,
+    ),
+    Request.SET_STATUS: Entry(U64, _D._set_status, "kept; 0 stops all rings", needs=_PF.STATUS),
+    Request.GET_STATUS: Entry(Empty, _D._get_status, "what SET_STATUS said last", needs=_PF.STATUS, replies=True),
+}
+
+UNSUPPORTED: Mapping[Request, str] = {
+    Request.SET_LOG_BASE: "dirty-page log for live migration: a later release; LOG_SHMFD is not offered",
+    Request.SET_LOG_FD: "as SET_LOG_BASE",
+    Request.IOTLB_MSG: "needs VIRTIO_F_IOMMU_PLATFORM, which is not offered",
+    Request.SET_VRING_ENDIAN: "needs CROSS_ENDIAN, which is not offered: guests have the host's byte order",
+    Request.CREATE_CRYPTO_SESSION: "for crypto devices",
+    Request.CLOSE_CRYPTO_SESSION: "for crypto devices",
+    Request.POSTCOPY_ADVISE: "needs PAGEFAULT, which is not offered",
+    Request.POSTCOPY_LISTEN: "needs PAGEFAULT, which is not offered",
+    Request.POSTCOPY_END: "needs PAGEFAULT, which is not offered",
+    Request.GET_INFLIGHT_FD: "in-flight buffers over a restart: a later release; INFLIGHT_SHMFD is not offered",
+    Request.SET_INFLIGHT_FD: "as GET_INFLIGHT_FD",
+    Request.GPU_SET_SOCKET: "for GPU devices",
+    Request.VRING_KICK: "needs INBAND_NOTIFICATIONS, which is not offered: rings are kicked by descriptor",
+    Request.GET_SHARED_OBJECT: "for devices with virtio-dmabuf objects",
+    Request.SET_DEVICE_STATE_FD: "needs DEVICE_STATE, which is not offered: rings are the only state",
+    Request.CHECK_DEVICE_STATE: "as SET_DEVICE_STATE_FD",
+    Request.GET_SHMEM_CONFIG: "needs SHMEM, which is not offered",
+}

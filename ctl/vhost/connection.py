@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One vhost-user connection: messages with their descriptors in, replies out.
+
+The socket is a byte stream, so a payload may come in pieces, two messages in one write, and a front-end may stop in the
+middle. Descriptors arrive with the first byte of their message; any that arrive later belong to no message and are an
+error. Nothing that a front-end does blocks: reads and writes wait in the event loop and have a deadline once a message
+has begun. Every received descriptor is in an `FdBag` or closed when a method returns or raises.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import os
+import select
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import ProtocolError, Violation
+from .fds import FdBag
+from .wire import HEADER, MAX_FDS, Header, request_name
+
+_INT = array.array("i").itemsize
+
+
+@dataclass(slots=True)
+class Message:
+    """A whole message; whoever holds it closes `fds`."""
+
+    header: Header
+    payload: bytes
+    fds: FdBag
+
+
+class Connection:
+    """Owner of a connected stream socket. `timeout`: seconds for the rest of a begun message, and for a reply."""
+
+    def __init__(self, sock: socket.socket, timeout: float = 10.0) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._timeout = timeout
+
+    async def receive(self) -> Message | None:
+        """The next message, or None when the front-end closed the connection between messages.
+
+        Raises ProtocolError for a bad header, a message cut short or too many descriptors; ConnectionError.
+        """
+        data, fds = await self._read(HEADER.size)
+        if not data:
+            fds.close()
+            return None
+        try:
+            async with asyncio.timeout(self._timeout):
+                while len(data) < HEADER.size:
+                    data += await self._more(HEADER.size - len(data), "a header")
+                header = Header.parse(data)
+                payload = b""
+                while len(payload) < header.size:
+                    payload += await self._more(header.size - len(payload), request_name(header.request))
+            return Message(header, payload, fds)
+        except TimeoutError:
+            fds.close()
+            raise ProtocolError(Violation.TRUNCATED, f"a message did not end within {self._timeout:g} s") from None
+        except BaseException:
+            fds.close()
+            raise
+
+    async def send(self, data: bytes) -> None:
+        """Sends all of `data`. Raises ProtocolError when the front-end doesn't read for `timeout`; ConnectionError."""
+        view = memoryview(data)
+        try:
+            async with asyncio.timeout(self._timeout):
+                while view:
+                    try:
+                        view = view[self._sock.send(view, socket.MSG_NOSIGNAL) :]
+                    except (BlockingIOError, InterruptedError):
+                        await self._wait(write=True)
+        except TimeoutError:
+            raise ProtocolError(
+                Violation.STALLED, f"the front-end has not read its replies for {self._timeout:g} s"
+            ) from None
+
+    def hung_up(self) -> bool:
+        """Whether the front-end has closed its end, even if messages are still unread."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLRDHUP)
+        return any(events & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _fd, events in poll.poll(0))
+
+    def shutdown(self) -> None:
+        """Ends the connection for both sides; a pending `receive` returns."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    async def _more(self, size: int, what: str) -> bytes:
+        data, fds = await self._read(size)
+        late = len(fds)
+        fds.close()
+        if late:
+            raise ProtocolError(Violation.FDS, f"{late} descriptors came in the middle of {what}, not with its start")
+        if not data:
+            raise ProtocolError(Violation.TRUNCATED, f"the connection ended in the middle of {what}")
+        return data
+
+    async def _read(self, size: int) -> tuple[bytes, FdBag]:
+        """Up to `size` bytes, at least one unless the peer closed, with the descriptors that came along."""
+        while True:
+            try:
+                data, control, flags, _ = self._sock.recvmsg(
+                    size, socket.CMSG_SPACE(MAX_FDS * _INT), socket.MSG_CMSG_CLOEXEC
+                )
+                break
+            except (BlockingIOError, InterruptedError):
+                await self._wait(write=False)
+        numbers = array.array("i")
+        for level, kind, body in control:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                numbers.frombytes(body[: len(body) - len(body) % _INT])
+        fds = FdBag(numbers)
+        if flags & socket.MSG_CTRUNC:
+            fds.close()
+            raise ProtocolError(
+                Violation.FDS,
+                f"more than {MAX_FDS} descriptors came with one message, or xdpvhost's limit of open files "
+                "(ulimit -n) is reached",
+            )
+        return data, fds
+
+    async def _wait(self, write: bool) -> None:
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        fd = self._sock.fileno()
+        if fd < 0:
+            raise ConnectionAbortedError(9, os.strerror(9))
+
+        def wake() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        add: Callable[..., None] = loop.add_writer if write else loop.add_reader
+        remove: Callable[[int], bool] = loop.remove_writer if write else loop.remove_reader
+        add(fd, wake)
+        try:
+            await ready
+        finally:
+            remove(fd)

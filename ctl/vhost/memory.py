@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest memory: regions of the front-end's files, mapped here.
+
+A region is mapped from the start of its file, because QEMU's second region begins at an offset that is not aligned to
+a hugepage and mmap would refuse it. Nothing is reserved or populated: an untouched guest costs no memory. The mapping
+keeps the file alive, so the descriptor is closed at once.
+
+What a file can still do to us later is to shrink: touching the lost part raises SIGBUS, which the data plane turns
+into a fault of this guest. At mapping time the file must cover its region.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+from .errors import ProtocolError, Violation
+from .fds import Fd
+from .port import Region
+from .wire import MAX_MEM_SLOTS, MemRegion
+
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_MAP_NORESERVE = 0x4000  # in Python's mmap from 3.12 only
+_MADV_DONTDUMP = 16
+_FUSE_SUPER_MAGIC = 0x65735546  # linux/magic.h
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int64,
+    )
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    return libc
+
+
+def on_fuse(fd: int) -> bool:
+    """Whether a file lives in a user-space file system, whose owner could stall every access to its pages."""
+    statfs = (ctypes.c_long * 64)()  # struct statfs has 120 bytes and begins with f_type
+    return _libc().fstatfs(fd, statfs) == 0 and statfs[0] == _FUSE_SUPER_MAGIC
+
+
+class Mapping:
+    """An address range made by mmap; `close` unmaps it, once."""
+
+    __slots__ = ("address", "length")
+
+    def __init__(self, fd: int, length: int) -> None:
+        """Maps the first `length` bytes of `fd`, shared and writable. Raises OSError."""
+        flags = mmap.MAP_SHARED | _MAP_NORESERVE
+        address = _libc().mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+        if address == _MAP_FAILED:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        self.address = int(address)
+        self.length = length
+        _libc().madvise(address, length, _MADV_DONTDUMP)
+
+    def close(self) -> None:
+        length, self.length = self.length, 0
+        if length:
+            _libc().munmap(self.address, length)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MappedRegion:
+    """A region of the front-end with its mapping, which it owns."""
+
+    region: MemRegion
+    mapping: Mapping
+
+    @property
+    def for_datapath(self) -> Region:
+        region = self.region
+        return Region(region.gpa, region.size, region.user_addr, self.mapping.address + region.offset)
+
+    def close(self) -> None:
+        self.mapping.close()
+
+
+def map_region(region: MemRegion, fd: Fd) -> MappedRegion:
+    """Maps one region and closes `fd`.
+
+    Raises ProtocolError when the file is not one that can be mapped, or is shorter than the region says.
+    """
+    what = f"memory region at {region.gpa:#x}"
+    end = region.offset + region.size
+    try:
+        status = os.fstat(fd.number)
+        if not stat.S_ISREG(status.st_mode):
+            raise ProtocolError(Violation.MEMORY, f"{what}: its descriptor is not a file that can be mapped")
+        if on_fuse(fd.number):
+            raise ProtocolError(Violation.MEMORY, f"{what} is in a FUSE file system; use a memfd, tmpfs or hugetlbfs")
+        if end > status.st_size:
+            raise ProtocolError(
+                Violation.MEMORY, f"{what} needs {end:#x} bytes of its file, which has only {status.st_size:#x}"
+            )
+        # munmap of a hugetlbfs mapping wants whole pages, whose size is the file's block size (and 4096 elsewhere).
+        block = max(status.st_blksize, mmap.PAGESIZE)
+        return MappedRegion(region, Mapping(fd.number, -(-end // block) * block))
+    except OSError as error:
+        raise ProtocolError(Violation.MEMORY, f"{what} cannot be mapped: {error.strerror}") from error
+    finally:
+        fd.close()
+
+
+def map_table(regions: Sequence[MemRegion], fds: Sequence[Fd]) -> list[MappedRegion]:
+    """Maps a whole table or nothing. Closes every descriptor. Raises ProtocolError."""
+    mapped: list[MappedRegion] = []
+    try:
+        check_table(regions)
+        for region, fd in zip(regions, fds, strict=True):
+            mapped.append(map_region(region, fd))
+    except BaseException:
+        unmap(mapped)
+        for fd in fds:
+            fd.close()
+        raise
+    return mapped
+
+
+def unmap(regions: Sequence[MappedRegion]) -> None:
+    for region in regions:
+        region.close()
+
+
+def check_table(regions: Sequence[MemRegion]) -> None:
+    """Raises ProtocolError when there are too many regions or two share guest physical addresses."""
+    if len(regions) > MAX_MEM_SLOTS:
+        raise ProtocolError(Violation.MEMORY, f"{len(regions)} memory regions, {MAX_MEM_SLOTS} slots were offered")
+    in_order = sorted(regions, key=lambda region: region.gpa)
+    for left, right in pairwise(in_order):
+        if left.gpa + left.size > right.gpa:
+            raise ProtocolError(Violation.MEMORY, f"memory regions at {left.gpa:#x} and {right.gpa:#x} overlap")

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people see: rich tables of the API's answers. Programs use --json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+PLAIN_WIDTH = 160  # of a table that goes into a file or pipe
+ASKED = {"xdp": "XDP mode", "bind": "AF_XDP bind"}  # facts that come as KEY_asked and KEY_in_use
+
+Counter = Mapping[str, Any]
+
+
+def console() -> Console:
+    """stdout; wide enough for every table when it is no terminal."""
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = PLAIN_WIDTH
+    return out
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], right: int | None = None) -> Table:
+    """A table whose columns from index `right` on are numbers."""
+    result = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="right" if right is not None and index >= right else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*(str(cell) for cell in row))
+    return result
+
+
+def _flatten(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in facts.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            rows += _flatten(value, f"{name} ")
+        elif isinstance(value, bool):
+            rows.append((name, "yes" if value else "no"))
+        elif isinstance(value, list):
+            rows.append((name, ", ".join(map(str, value)) or "none"))
+        else:
+            rows.append((name, "none" if value is None else str(value)))
+    return rows
+
+
+def _drops(direction: Mapping[str, Any]) -> int:
+    return sum(direction["drops"].values())
+
+
+def guest_table(guests: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        (
+            guest["name"],
+            guest["mac"],
+            "yes" if guest["connected"] else "no",
+            f"{guest['pairs_in_use']} of {guest['queues']}" if guest["connected"] else guest["queues"],
+            guest["rx"]["packets"],
+            _drops(guest["rx"]),
+            guest["tx"]["packets"],
+            _drops(guest["tx"]),
+            guest["reconnects"],
+            sum(guest["protocol_errors"].values()),
+            f"{guest['socket']} ({guest['socket_mode']})",
+        )
+        for guest in guests
+    ]
+    columns = ("guest", "mac", "connected", "queues", "rx", "drops", "tx", "drops", "reconnects", "errors", "socket")
+    return table("guests", columns, rows)
+
+
+def status_view(status: Mapping[str, Any]) -> Group:
+    """The daemon, each NIC with what was asked for and what is in use, and each guest."""
+    daemon = {
+        "version": status["version"],
+        "pid": status["pid"],
+        "run directory": status["run_dir"],
+        "up": f"{status['uptime_seconds']} s",
+        "metrics": status["metrics"],
+        "workers": f"{status['workers']}, {status['poll']}",
+    }
+    parts: list[Table] = [table("xdpvhost", ("what", "value"), _flatten(daemon))]
+    for nic in status["nics"]:
+        facts = {key: value for key, value in nic.items() if key != "facts"} | nic["facts"]
+        pairs = [(what, facts.pop(f"{key}_asked", "?"), facts.pop(f"{key}_in_use", "?")) for key, what in ASKED.items()]
+        title = f"interface {facts.pop('iface')}"
+        parts.append(table(title, ("what", "asked", "in use"), pairs))
+        parts.append(table("", ("fact", "value"), _flatten(facts)))
+    parts.append(guest_table(status["guests"]))
+    features = [(g["name"], g["features"], " ".join(g["feature_names"])) for g in status["guests"] if g["connected"]]
+    if features:
+        parts.append(table("negotiated features", ("guest", "bits", "names"), features))
+    return Group(*parts)
+
+
+def total(counters: Sequence[Counter], name: str, **labels: str) -> int:
+    """The sum over all series of `name` with these labels."""
+    wanted = labels.items()
+    return sum(
+        counter["value"] for counter in counters if counter["name"] == name and wanted <= counter["labels"].items()
+    )
+
+
+def label_values(counters: Sequence[Counter], name: str, *labels: str) -> list[tuple[str, ...]]:
+    """The distinct values of these labels in `name`, in the order of their first appearance."""
+    series = (counter["labels"] for counter in counters if counter["name"] == name)
+    return list(dict.fromkeys(tuple(label[key] for key in labels) for label in series))
+
+
+def _reasons(counters: Sequence[Counter], name: str, **labels: str) -> str:
+    """`reason count` for each that isn't zero."""
+    reasons = (reason for (reason,) in label_values(counters, name, "reason"))
+    found = {reason: total(counters, name, reason=reason, **labels) for reason in reasons}
+    return ", ".join(f"{reason} {count}" for reason, count in found.items() if count) or "none"
+
+
+def stats_view(stats: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> Group:
+    """Totals, or what happened a second since `before`."""
+    counters: Sequence[Counter] = stats["counters"]
+    old: Sequence[Counter] = before["counters"] if before else ()
+    seconds = stats["time"] - before["time"] if before else 0.0
+
+    def number(name: str, **labels: str) -> str:
+        now = total(counters, name, **labels)
+        if not seconds:
+            return f"{now:,}"
+        return f"{max(0, now - total(old, name, **labels)) / seconds:,.0f}"
+
+    unit = "/s" if seconds else ""
+    return Group(
+        _guest_stats(counters, number, unit), _nic_stats(counters, number, unit), _worker_stats(counters, number, unit)
+    )
+
+
+Number = Callable[..., str]
+
+
+def _guest_stats(counters: Sequence[Counter], number: Number, unit: str) -> Table:
+    rows = [
+        (
+            guest,
+            queue,
+            number("xdpvhost_guest_rx_packets_total", guest=guest, queue=queue),
+            number("xdpvhost_guest_rx_bytes_total", guest=guest, queue=queue),
+            _reasons(counters, "xdpvhost_guest_drops_total", guest=guest, queue=queue, direction="rx"),
+            number("xdpvhost_guest_tx_packets_total", guest=guest, queue=queue),
+            number("xdpvhost_guest_tx_bytes_total", guest=guest, queue=queue),
+            _reasons(counters, "xdpvhost_guest_drops_total", guest=guest, queue=queue, direction="tx"),
+            number("xdpvhost_guest_kicks_total", guest=guest, queue=queue),
+            number("xdpvhost_guest_calls_total", guest=guest, queue=queue),
+        )
+        for guest, queue in label_values(counters, "xdpvhost_guest_rx_packets_total", "guest", "queue")
+    ]
+    moved = ("rx", "rx bytes", "rx drops", "tx", "tx bytes", "tx drops", "kicks", "calls")
+    columns = ("guest", "queue", *(word if "drops" in word else f"{word}{unit}" for word in moved))
+    return table("guests", columns, rows, right=2)
+
+
+def _nic_stats(counters: Sequence[Counter], number: Number, unit: str) -> Table:
+    rows = []
+    for iface, queue in label_values(counters, "xdpvhost_xsk_transmit_packets_total", "iface", "queue"):
+        where = {"iface": iface, "queue": queue}
+        verdicts = [
+            number("xdpvhost_xdp_verdicts_total", verdict=verdict, **where)
+            for verdict in ("redirect", "no_socket", "pass_unicast", "pass_multicast")
+        ]
+        rows.append(
+            (
+                iface,
+                queue,
+                *verdicts,
+                number("xdpvhost_xsk_receive_packets_total", **where),
+                number("xdpvhost_xsk_transmit_packets_total", **where),
+                _reasons(counters, "xdpvhost_nic_drops_total", **where),
+                _reasons(counters, "xdpvhost_xsk_drops_total", **where),
+            )
+        )
+    moved = ("redirect", "no socket", "to host", "multicast", "received", "sent")
+    columns = ("iface", "queue", *(f"{word}{unit}" for word in moved), "drops", "kernel's XSK statistics")
+    return table("NIC queues", columns, rows, right=2)
+
+
+def _worker_stats(counters: Sequence[Counter], number: Number, unit: str) -> Table:
+    rows = [
+        (
+            worker,
+            number("xdpvhost_worker_packets_total", worker=worker),
+            number("xdpvhost_worker_polls_total", worker=worker, result="busy"),
+            number("xdpvhost_worker_polls_total", worker=worker, result="idle"),
+            number("xdpvhost_worker_sleeps_total", worker=worker),
+            number("xdpvhost_worker_busy_cycles_total", worker=worker),
+        )
+        for (worker,) in label_values(counters, "xdpvhost_worker_sleeps_total", "worker")
+    ]
+    moved = ("packets", "busy turns", "idle turns", "sleeps", "busy cycles")
+    columns = ("worker", *(f"{word}{unit}" for word in moved))
+    return table("workers", columns, rows, right=1)
+
+
+def watch(read: Callable[[], Mapping[str, Any]], wait: Callable[[], bool]) -> None:
+    """Show rates until `wait()`, which sleeps for one period, returns False."""
+    before = read()
+    with Live(stats_view(before), console=console(), auto_refresh=False) as live:
+        while wait():
+            now = read()
+            live.update(stats_view(now, before), refresh=True)
+            before = now

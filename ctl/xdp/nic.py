@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A NIC that serves guests and stays the kernel's own.
+
+Theory of operation
+-------------------
+`Nic.open` takes these steps, and `close` takes them back in reverse; both go through one ExitStack, so that a failure
+at any step leaves the NIC as it was:
+
+1. Look: does it exist, is nobody else's XDP program on it, does its MTU fit.
+2. Prepare (ctl/links/nicprep.py): up, VLAN tags left in frames, queue count. Journalled.
+3. Attach the XDP program, still passing everything (ctl/xdp/program.py). Journalled.
+4. A packet socket for broadcast and multicast, which also holds the guests' addresses in the NIC's filter.
+5. For every receive queue: frames, rings, the base socket that sends (ctl/xdp/xsk.py), and the data plane's `Nicq`.
+
+A guest comes and goes in two steps each, with the caller's publication to the workers between them:
+
+    add_guest   -> sockets, nothing arrives     | publish with them    | steer   -> frames arrive
+    unsteer     -> no more frames arrive        | publish without them | remove_guest -> sockets closed
+
+So no frame is redirected to a socket that no worker reads, and no worker reads a socket that is closed.
+
+Who owns what: the Nic owns its descriptors, mappings, BPF object, Nicq, Xsk and Mcast objects. `close` may only be
+called when the last publication no longer has any of them.
+
+What it doesn't do: follow changes of MTU or queue count, or a device that is removed and comes back.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from ctypes import addressof, create_string_buffer
+from dataclasses import dataclass, field
+from typing import Self, TypeVar
+
+from ..datapath import NICQ_PARTIAL_CSUM, Datapath, Mcast, Nicq, NicqConf, Xsk
+from ..errors import NicError
+from ..links import ethtool
+from ..links.journal import Journal
+from ..links.netlink import Link, get_link
+from ..links.nicprep import SOL_PACKET, AddressFilter, NicPrep
+from . import libxdp
+from .capabilities import require
+from .maps import MAX_QUEUES, MAX_SLOTS
+from .program import PROGRAM, SteerProgram, refuse_occupied
+from .umem import RX_FRAMES, TX_FRAMES, chunk_for, lift_memlock_limit
+from .xsk import GuestSocket, QueueSockets
+
+log = logging.getLogger(__name__)
+
+Native = TypeVar("Native", Nicq, Mcast)
+
+ETH_P_ALL = 3
+PACKET_AUXDATA, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 8, 15, 23
+SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33
+MCAST_RCVBUF = 8 << 20
+
+# Drivers of physical-looking devices whose other end is a local stack all the same.
+_LOCAL_STACK_DRIVERS = frozenset({"virtio_net", "xen_netfront"})
+
+# Classic BPF: keep only packets that the NIC's own address did not call for, PACKET_BROADCAST and PACKET_MULTICAST.
+_SKF_AD_PKTTYPE = 0xFFFFF000 + 4
+_ONLY_GROUPS = (
+    (0x28, 0, 0, _SKF_AD_PKTTYPE),  # ldh [pkttype]
+    (0x15, 1, 0, 1),  # jeq PACKET_BROADCAST, accept
+    (0x15, 0, 1, 2),  # jeq PACKET_MULTICAST, accept, reject
+    (0x06, 0, 0, 0xFFFFFFFF),  # accept
+    (0x06, 0, 0, 0),  # reject
+)
+
+
+@dataclass(frozen=True)
+class NicOptions:
+    """What the user asked for. `queues`: receive queues, None for as many as the NIC has."""
+
+    iface: str
+    xdp_mode: str = "auto"
+    bind: str = "auto"
+    queues: int | None = None
+
+
+@dataclass(frozen=True)
+class NicFacts:
+    """What is in use, beside what was asked for."""
+
+    iface: str
+    ifindex: int
+    driver: str
+    mac: str
+    mtu: int
+    queues: int
+    xdp_asked: str
+    xdp_in_use: str
+    dispatcher: bool
+    dispatcher_detail: str
+    program_id: int
+    bind_asked: str
+    bind_in_use: str
+    chunk: int  # bytes a frame
+    umem_bytes: int  # a queue
+    hugepages: str  # hugetlb, transparent or normal
+    partial_checksums: bool  # local stacks send into it
+    warnings: tuple[str, ...]
+
+
+@dataclass
+class _Guest:
+    name: str
+    macs: tuple[tuple[int, bytes], ...]
+    sockets: list[GuestSocket]
+    xsks: list[Xsk]
+    undo_steering: ExitStack = field(default_factory=ExitStack)
+
+
+class Nic:
+    """One NIC with its guests, by slot. For the control thread only."""
+
+    def __init__(self, options: NicOptions, link: Link, dp: Datapath) -> None:
+        self.options = options
+        self.iface = link.name
+        self.ifindex = link.index
+        self.mtu = link.mtu
+        self.queues: list[Nicq] = []
+        self.mcast: Mcast | None = None
+        self.facts: NicFacts
+        self._dp = dp
+        self._stack = ExitStack()
+        self._sockets: list[QueueSockets] = []
+        self._guests: dict[int, _Guest] = {}
+        self._program: SteerProgram
+        self._filter: AddressFilter
+
+    @classmethod
+    def open(cls, options: NicOptions, dp: Datapath, journal: Journal) -> Self:
+        """Prepare the NIC and attach to it; no guest's frames are steered yet.
+
+        Raises NicError or PrivilegeError, and then the NIC is as it was.
+        """
+        require()
+        libxdp.refuse_missing()
+        lift_memlock_limit()
+        nic = cls(options, get_link(options.iface), dp)
+        try:
+            nic._open(journal)
+        except OSError as exc:
+            nic.close()
+            raise NicError(f"interface {options.iface}: {exc.strerror or exc}") from exc
+        except BaseException:
+            nic.close()
+            raise
+        return nic
+
+    @property
+    def nr_queues(self) -> int:
+        return len(self.queues)
+
+    @property
+    def promiscuous(self) -> bool:
+        """Whether the NIC's filter refused a guest's address, so that it takes everything."""
+        return self._filter.promiscuous
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- opening and closing
+
+    def _open(self, journal: Journal) -> None:
+        link = get_link(self.iface)
+        refuse_occupied(self.ifindex, self.iface)
+        chunk = chunk_for(self.iface, self.mtu)
+
+        prep = NicPrep(link, journal)
+        self._stack.callback(prep.undo)
+        prep.bring_up()
+        prep.keep_vlan_tags()
+        nr_queues = prep.set_queues(self.options.queues)
+        if nr_queues > MAX_QUEUES:
+            raise NicError(
+                f"interface {self.iface}: it has {nr_queues} receive queues and at most {MAX_QUEUES} are supported: "
+                f"use --queues {MAX_QUEUES}"
+            )
+        self._attach(prep, nr_queues)
+        prep.note_side_effects()
+
+        groups = self._open_mcast()
+        self._filter = AddressFilter(groups, self.ifindex)
+        self._filter.accept_multicast()
+        driver = link.kind or ethtool.driver(self.iface) or "unknown"
+        partial = link.local_stack or driver in _LOCAL_STACK_DRIVERS
+        # A generic program has no business with a driver's zero-copy path, which would bypass it.
+        bind = "copy" if self._program.mode == "generic" and self.options.bind == "auto" else self.options.bind
+        for queue in range(nr_queues):
+            self._open_queue(queue, chunk, bind, partial)
+        self.mcast = self._owned(self._dp.mcast(groups.fileno()))
+        self.facts = self._facts(link, driver, partial, chunk, prep.warnings)
+
+    def _attach(self, prep: NicPrep, nr_queues: int) -> None:
+        """The journal's entry comes first, and learns the program's id afterwards."""
+        entry = prep.record("xdp", name=PROGRAM)
+        program = SteerProgram.attach(self.ifindex, self.iface, self.options.xdp_mode, nr_queues)
+        self._stack.callback(prep.done, entry)
+        self._stack.callback(program.close)
+        prep.amend(entry, program_id=program.program_id)
+        self._program = program
+        if program.native_refusal is not None:
+            prep.warnings.append(f"generic XDP is slower; {program.native_refusal}")
+
+    def _open_mcast(self) -> socket.socket:
+        """Hears the group frames that arrive, and nothing before it is bound, as it starts with no protocol."""
+        groups = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
+        self._stack.callback(groups.close)
+        code = create_string_buffer(b"".join(struct.pack("=HBBI", *i) for i in _ONLY_GROUPS))
+        groups.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(_ONLY_GROUPS), addressof(code)))
+        for option in (PACKET_VNET_HDR, PACKET_AUXDATA, PACKET_IGNORE_OUTGOING):
+            groups.setsockopt(SOL_PACKET, option, 1)
+        groups.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, MCAST_RCVBUF)
+        groups.bind((self.iface, ETH_P_ALL))
+        return groups
+
+    def _open_queue(self, queue: int, chunk: int, bind: str, partial: bool) -> None:
+        sockets = QueueSockets(self.iface, queue, chunk, bind)
+        self._stack.callback(sockets.close)
+        self._sockets.append(sockets)
+        conf = NicqConf(
+            umem=sockets.memory.address,
+            umem_size=sockets.memory.size,
+            chunk=chunk,
+            rx_frames=RX_FRAMES,
+            tx_frames=TX_FRAMES,
+            flags=NICQ_PARTIAL_CSUM if partial else 0,
+            fill=sockets.fill,
+            comp=sockets.completion,
+            tx=sockets.tx,
+            fd=sockets.fd,
+            queue=queue,
+        )
+        self.queues.append(self._owned(self._dp.nicq(conf)))
+
+    def _owned(self, thing: Native) -> Native:
+        self._stack.callback(thing.close)
+        return thing
+
+    def _facts(self, link: Link, driver: str, partial: bool, chunk: int, warnings: Sequence[str]) -> NicFacts:
+        modes = {"zerocopy" if s.zerocopy else "copy" for s in self._sockets}
+        return NicFacts(
+            iface=self.iface,
+            ifindex=self.ifindex,
+            driver=driver,
+            mac=link.mac.hex(":"),
+            mtu=self.mtu,
+            queues=self.nr_queues,
+            xdp_asked=self.options.xdp_mode,
+            xdp_in_use=self._program.mode,
+            dispatcher=self._program.dispatcher,
+            dispatcher_detail=self._program.dispatcher_detail,
+            program_id=self._program.program_id,
+            bind_asked=self.options.bind,
+            bind_in_use=modes.pop() if len(modes) == 1 else "mixed",
+            chunk=chunk,
+            umem_bytes=self._sockets[0].memory.size,
+            hugepages=self._sockets[0].memory.pages,
+            partial_checksums=partial,
+            warnings=tuple(warnings),
+        )
+
+    def close(self) -> None:
+        """Undo everything: the NIC is exactly as it was before `open`. Idempotent; logs what it can't undo."""
+        for slot in list(self._guests):
+            self.unsteer(slot)
+            self.remove_guest(slot)
+        self._stack.close()
+        self.queues.clear()
+        self._sockets.clear()
+        self.mcast = None
+
+    # ---- guests
+
+    def add_guest(self, slot: int, name: str, macs: Sequence[tuple[int, bytes]]) -> list[Xsk]:
+        """Sockets for a guest on every queue; `macs` are (VLAN, address), VLAN 0 for untagged and 0xffff for any tag.
+
+        Raises NicError, and then nothing of it is left.
+        """
+        if not 0 <= slot < MAX_SLOTS or slot in self._guests:
+            raise NicError(f"interface {self.iface}: slot {slot} for guest {name!r} is taken or not below {MAX_SLOTS}")
+        with ExitStack() as undo, self._changing(name):
+            guest = _Guest(name, tuple(macs), [], [])
+            for queue, owner in enumerate(self._sockets):
+                sock = owner.guest()
+                undo.callback(sock.close)
+                guest.sockets.append(sock)
+                xsk = self._dp.xsk(self.queues[queue], sock.ring, sock.fd)
+                undo.callback(xsk.close)
+                guest.xsks.append(xsk)
+            self._program.maps.zero(slot)
+            undo.pop_all()
+        self._guests[slot] = guest
+        return list(guest.xsks)
+
+    def steer(self, slot: int) -> None:
+        """Let a guest's frames in. Once the workers read its sockets. Raises NicError, and then none come in."""
+        guest = self._guests[slot]
+        guest.undo_steering.close()
+        maps = self._program.maps
+        taken = maps.macs()
+        with ExitStack() as undo, self._changing(guest.name):
+            for mac in dict.fromkeys(mac for _, mac in guest.macs):
+                self._filter.add(mac)
+                undo.callback(self._filter.remove, mac)
+            for queue, sock in enumerate(guest.sockets):
+                maps.set_socket(slot, queue, sock.fd)
+                undo.callback(self._quietly, maps.clear_socket, slot, queue)
+            for vlan, mac in guest.macs:
+                if taken.get((vlan, mac), slot) != slot:
+                    raise NicError(f"guest {guest.name!r}: {mac.hex(':')} is another guest's in VLAN {vlan}")
+                maps.set_mac(vlan, mac, slot)
+                undo.callback(self._quietly, maps.clear_mac, vlan, mac)
+            guest.undo_steering = undo.pop_all()
+
+    def unsteer(self, slot: int) -> None:
+        """No more of its frames come in: they are the kernel's again. Before a publication without its sockets."""
+        if slot in self._guests:
+            self._guests[slot].undo_steering.close()
+
+    def remove_guest(self, slot: int) -> None:
+        """Close its sockets. After a publication without them."""
+        guest = self._guests.pop(slot, None)
+        if guest is None:
+            return
+        guest.undo_steering.close()
+        for xsk in guest.xsks:
+            xsk.close()
+        for sock in guest.sockets:
+            sock.close()
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        """Names the guest in what the kernel refuses."""
+        try:
+            yield
+        except OSError as exc:
+            if exc.errno == errno.E2BIG:
+                raise NicError(f"guest {name!r}: the XDP program has no room for another address") from exc
+            raise NicError(f"guest {name!r}: interface {self.iface} can't be set up: {exc.strerror}") from exc
+
+    def _quietly(self, change: Callable[..., object], *args: object) -> None:
+        try:
+            change(*args)
+        except OSError as exc:
+            log.error("interface %s: %s", self.iface, exc)
+
+    # ---- counters
+
+    def verdicts(self) -> dict[tuple[int | None, int, str], int]:
+        """(slot, queue, verdict) -> frames since the guest was added; slot None is the host."""
+        return self._program.maps.verdicts(sorted(self._guests))
+
+    def xsk_statistics(self) -> dict[tuple[int | None, int], dict[str, int]]:
+        """(slot, queue) -> the kernel's six XDP_STATISTICS; slot None is the socket that sends."""
+        found: dict[tuple[int | None, int], dict[str, int]] = {}
+        for queue, owner in enumerate(self._sockets):
+            found[None, queue] = owner.statistics()
+        for slot, guest in self._guests.items():
+            for queue, sock in enumerate(guest.sockets):
+                found[slot, queue] = sock.statistics()
+        return found

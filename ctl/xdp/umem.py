@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory of a NIC queue's frames: in hugepages when there are any, in transparent ones or plain pages else."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+from contextlib import suppress
+from ctypes import c_int, c_long, c_size_t, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ..errors import NicError
+
+PROT_READ_WRITE = 0x1 | 0x2
+MAP_PRIVATE, MAP_ANONYMOUS, MAP_HUGETLB = 0x02, 0x20, 0x40000
+MADV_DONTFORK, MADV_HUGEPAGE = 10, 14
+MAP_FAILED = (1 << ctypes.sizeof(c_void_p) * 8) - 1
+
+RX_FRAMES = 4096  # a queue's frames that wait for the NIC or lie in guests' rings
+TX_FRAMES = 2048
+
+_XDP_HEADROOM = 256  # that the kernel keeps before every received frame
+_FRAME_OVERHEAD = 26  # Ethernet header, two VLAN tags, checksum: what zero-copy drivers must have room for
+
+
+@cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype, libc.mmap.argtypes = c_void_p, (c_void_p, c_size_t, c_int, c_int, c_int, c_long)
+    libc.munmap.argtypes = (c_void_p, c_size_t)
+    libc.madvise.argtypes = (c_void_p, c_size_t, c_int)
+    return libc
+
+
+def largest_mtu(chunk: int) -> int:
+    """The MTU that fits frames of `chunk` bytes."""
+    return (chunk - _XDP_HEADROOM) // 128 * 128 - _FRAME_OVERHEAD
+
+
+def chunk_for(iface: str, mtu: int) -> int:
+    """Bytes a frame: 2048 or 4096. Raises NicError when the MTU is too large for AF_XDP."""
+    for chunk in (2048, 4096):
+        if mtu <= largest_mtu(chunk):
+            return chunk
+    raise NicError(
+        f"interface {iface}: its MTU of {mtu} is too large, AF_XDP frames hold {largest_mtu(4096)}: "
+        f"`ip link set {iface} mtu {largest_mtu(4096)}` or less"
+    )
+
+
+@dataclass
+class FrameMemory:
+    """An anonymous mapping, never inherited by a child. The sockets that use it must be closed before it is."""
+
+    address: int
+    size: int
+    mapped: int
+    pages: str  # hugetlb, transparent or normal
+
+    @classmethod
+    def allocate(cls, size: int) -> FrameMemory:
+        """Raises OSError."""
+        huge = _huge_page_size()
+        rounded = -(-size // huge) * huge if huge else size
+        flags = MAP_PRIVATE | MAP_ANONYMOUS
+        pages = "hugetlb"
+        address = _libc().mmap(None, rounded, PROT_READ_WRITE, flags | MAP_HUGETLB, -1, 0) if huge else MAP_FAILED
+        if address == MAP_FAILED:
+            rounded = size
+            address = _libc().mmap(None, rounded, PROT_READ_WRITE, flags, -1, 0)
+            if address == MAP_FAILED:
+                code = ctypes.get_errno()
+                raise OSError(code, f"cannot map {size} bytes for frames: {os.strerror(code)}")
+            pages = "transparent" if _libc().madvise(address, rounded, MADV_HUGEPAGE) == 0 else "normal"
+        _libc().madvise(address, rounded, MADV_DONTFORK)
+        return cls(address, size, rounded, pages)
+
+    def close(self) -> None:
+        address, self.address = self.address, 0
+        if address:
+            _libc().munmap(address, self.mapped)
+
+
+def lift_memlock_limit() -> None:
+    """Old kernels charge maps and frames to RLIMIT_MEMLOCK; later ones don't look at it for us."""
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def _huge_page_size() -> int:
+    """Bytes of a default hugepage; 0 where the kernel has none."""
+    with open("/proc/meminfo", encoding="ascii") as info:
+        for line in info:
+            if line.startswith("Hugepagesize:"):
+                return int(line.split()[1]) * 1024
+    return 0

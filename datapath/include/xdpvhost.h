@@ -1,0 +1,264 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The data plane's public face: what control may ask of it, and nothing else.
+ *
+ * Everything here is opaque handles, plain fixed-width structs and negative errno results, so that ctl/datapath.py
+ * can mirror it without a compiler. xv_layout() exports every struct's size and offsets, and a test compares them
+ * with the mirror; xv_abi() is what the loader checks first.
+ *
+ * Life of an object: xv_*_new() makes it, xv_publish() makes the workers see it, a later xv_publish() that leaves it
+ * out makes them forget it (they have when the call returns), and only then may xv_*_free() be called. File
+ * descriptors and mappings named in a conf struct stay the caller's and must outlive the object.
+ *
+ * Only control threads call these functions, one at a time; workers are inside xv_worker_run().
+ */
+#ifndef XDPVHOST_H
+#define XDPVHOST_H
+
+#include <stdint.h>
+
+#define XV_API __attribute__((visibility("default")))
+
+#define XV_ABI 2u /* changes with every change of a struct or of a meaning below */
+
+#define XV_MAX_WORKERS 64u
+#define XV_MAX_REGIONS 509u    /* memory slots of one guest: what VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS grants */
+#define XV_MAX_PAIRS 128u      /* queue pairs of one guest */
+#define XV_MAX_RING_SIZE 32768u /* virtio 1.2, 2.7 */
+#define XV_NO_RING UINT32_MAX
+#define XV_VLAN_ANY 0xffffu    /* in xv_mac_conf.vlan: every tagged frame for this MAC, whatever its VLAN */
+
+/* How a worker waits for work. */
+enum xv_poll {
+	XV_POLL_ADAPTIVE = 0,  /* poll for spin_us after the last frame, then sleep until notified */
+	XV_POLL_BUSY = 1,      /* never sleep */
+	XV_POLL_INTERRUPT = 2, /* sleep as soon as there is nothing to do */
+};
+
+/* Why a frame was dropped; xv_drop_name() names it in metrics. Counted at the guest whose frame it was. */
+enum xv_drop {
+	XV_DROP_NOT_CONNECTED, /* to a guest with no front-end, or with its rings stopped or disabled */
+	XV_DROP_NO_BUFFERS,    /* to a guest that has no receive buffer free */
+	XV_DROP_TOO_BIG,       /* larger than the guest's buffers, than a UMEM frame, or than the device's MTU allows */
+	XV_DROP_RUNT,          /* from a guest: shorter than an Ethernet header */
+	XV_DROP_BAD_HEADER,    /* from a guest: virtio-net header missing, or asking for what was not negotiated */
+	XV_DROP_BAD_CHAIN,     /* from a guest: a descriptor chain the device may not read */
+	XV_DROP_NO_FRAMES,     /* to the NIC: no UMEM frame free, the NIC is slower than the guest */
+	XV_DROP_NIC_FULL,      /* to the NIC: the kernel took the frame and dropped it (EBUSY from sendto) */
+	XV_DROP_DISABLED,      /* from a guest: the ring is disabled, frames are consumed and discarded */
+	XV_DROP_NO_UPLINK,     /* from a guest: not for a guest here, and there is no NIC queue to send on */
+	XV_DROP_MAX
+};
+
+/* Why the data plane gave a guest up; control ends the connection. xv_fault_name() has the sentence. */
+enum xv_fault_code {
+	XV_FAULT_NONE,
+	XV_FAULT_MEMORY_GONE,   /* SIGBUS: a region was truncated under us */
+	XV_FAULT_AVAIL_INDEX,   /* avail.idx ran ahead by more than the ring's size */
+	XV_FAULT_HEAD,          /* an avail entry names a descriptor outside the table */
+	XV_FAULT_CHAIN,         /* a loop, a next outside the table, a bad indirect table */
+	XV_FAULT_ADDRESS,       /* a descriptor points outside the guest's memory */
+	XV_FAULT_CALL_BLOCKED,  /* writing the call descriptor blocked */
+	XV_FAULT_MAX
+};
+
+struct xv_dp;    /* one data plane: workers, snapshot */
+struct xv_mem;   /* a guest's memory table, immutable */
+struct xv_guest; /* a guest: its counters and locks, as long as it is configured */
+struct xv_vring; /* one started virtqueue */
+struct xv_nicq;  /* one NIC queue: UMEM, fill, completion and TX ring */
+struct xv_xsk;   /* one guest's receiving AF_XDP socket on one NIC queue */
+struct xv_mcast; /* packet socket that hears a NIC's broadcast and multicast */
+
+struct xv_dp_conf {
+	uint32_t workers;
+	uint32_t poll;    /* enum xv_poll */
+	uint32_t spin_us; /* adaptive: microseconds of polling after the last frame */
+	uint32_t reserved;
+};
+
+struct xv_region {
+	uint64_t gpa;       /* guest physical address of the first byte */
+	uint64_t size;      /* bytes */
+	uint64_t user_addr; /* the front-end's virtual address of the first byte */
+	uint64_t host;      /* where control mapped it here */
+};
+
+struct xv_vring_conf {
+	uint64_t desc, avail, used; /* front-end virtual addresses, translated and checked against the memory table */
+	uint64_t features;          /* negotiated virtio features */
+	uint32_t num;               /* descriptors */
+	uint32_t base;              /* avail index to go on from; where the guest's used index disagrees, that one counts */
+	int32_t kick_fd, call_fd;   /* -1: none */
+	uint32_t enabled;
+	uint32_t reserved;
+};
+
+/* One AF_XDP ring as the kernel mapped it (linux/if_xdp.h: struct xdp_ring_offset). Addresses in this process. */
+struct xv_ring {
+	uint64_t producer, consumer, flags, ring;
+	uint32_t mask, size;
+};
+
+#define XV_NICQ_PARTIAL_CSUM 1u /* local stacks send into this device: frames may carry only a pseudo-header checksum */
+
+struct xv_nicq_conf {
+	uint64_t umem, umem_size;
+	uint32_t chunk;               /* bytes a frame, a power of two */
+	uint32_t rx_frames, tx_frames; /* frames [0, rx_frames) go to the fill ring, the next tx_frames are for sending */
+	uint32_t flags;
+	struct xv_ring fill, comp, tx;
+	int32_t fd;     /* the socket that owns tx */
+	uint32_t queue; /* the NIC's queue number */
+};
+
+struct xv_xsk_conf {
+	struct xv_ring rx;
+	int32_t fd;
+	uint32_t reserved;
+};
+
+struct xv_guest_conf {
+	uint64_t guest;    /* struct xv_guest * */
+	uint64_t rings;    /* struct xv_vring *[nr_rings], by vring index, NULL where not started: even RX, odd TX */
+	uint64_t xsks;     /* struct xv_xsk *[nr_xsks]: where its frames arrive */
+	uint64_t features; /* negotiated virtio features, 0 when no front-end is connected */
+	uint32_t nr_rings, nr_xsks;
+	uint32_t ctrl;     /* vring index of the control virtqueue, XV_NO_RING when the front-end has it */
+	uint32_t nic;      /* index of its uplink in xv_snapshot_conf.nics */
+	uint32_t worker;   /* of queue pair 0; pair i is on worker (worker + i) % workers */
+	uint32_t max_pairs; /* queue pairs that the control virtqueue may switch on */
+};
+
+struct xv_nic_conf {
+	uint64_t queues; /* struct xv_nicq *[nr_queues] */
+	uint64_t mcast;  /* struct xv_mcast *, or 0 */
+	uint32_t nr_queues;
+	uint32_t mtu;    /* of the device, in bytes after the Ethernet header */
+};
+
+struct xv_mac_conf {
+	uint8_t mac[6];
+	uint16_t vlan;  /* 0: untagged and priority-tagged frames; 1-4094; XV_VLAN_ANY */
+	uint32_t guest; /* index in xv_snapshot_conf.guests */
+};
+
+struct xv_snapshot_conf {
+	uint64_t guests, nics, macs; /* arrays of the structs above */
+	uint32_t nr_guests, nr_nics, nr_macs;
+	uint32_t reserved;
+};
+
+/* ---- counters: 64-bit words with one writer each, read without a lock ---- */
+
+struct xv_rx_counters { /* towards the guest; the writer holds the queue's lock */
+	uint64_t packets, bytes;
+	uint64_t copied_bytes; /* payload bytes that the CPU copied to deliver `bytes` */
+	uint64_t kicks;        /* notifications that the guest sent for this ring */
+	uint64_t calls;        /* interrupts sent to the guest */
+	uint64_t calls_failed;
+	uint64_t csum_partial;  /* frames handed over as NEEDS_CSUM */
+	uint64_t csum_finished; /* frames whose checksum was completed during the copy */
+	uint64_t drops[XV_DROP_MAX];
+} __attribute__((aligned(64)));
+
+struct xv_tx_counters { /* from the guest; the writer is the ring's worker */
+	uint64_t packets, bytes; /* every frame that the guest sent, delivered or not */
+	uint64_t kicks, calls, calls_failed;
+	uint64_t reserved;
+	uint64_t drops[XV_DROP_MAX];
+} __attribute__((aligned(64)));
+
+struct xv_xsk_counters {
+	uint64_t packets, bytes;
+} __attribute__((aligned(64)));
+
+struct xv_nicq_counters { /* the writer holds the TX lock */
+	uint64_t tx_packets, tx_bytes;
+	uint64_t copied_bytes; /* payload bytes that the CPU copied into UMEM for tx_bytes */
+	uint64_t csum_finished;
+	uint64_t sendto_calls, sendto_busy;
+	uint64_t drops[XV_DROP_MAX];
+} __attribute__((aligned(64)));
+
+struct xv_mcast_counters {
+	uint64_t packets, bytes;
+	uint64_t truncated;
+} __attribute__((aligned(64)));
+
+struct xv_worker_counters {
+	uint64_t polls_busy, polls_idle; /* loop turns that moved frames, and that found none */
+	uint64_t sleeps, wakeups;
+	uint64_t cycles_busy;   /* timestamp-counter cycles of the turns that moved frames */
+	uint64_t packets;       /* frames read from any port */
+	uint64_t heartbeat;     /* loop turns, for the watchdog */
+} __attribute__((aligned(64)));
+
+/* Net device state that the guest set through the control virtqueue; single words, read without a lock. */
+struct xv_ctrl_state {
+	uint32_t pairs;      /* queue pairs switched on by VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET */
+	uint32_t rx_mode;    /* bit VIRTIO_NET_CTRL_RX_*: last value of each command */
+	uint8_t mac[8];      /* VIRTIO_NET_CTRL_MAC_ADDR_SET, 6 bytes used */
+	uint64_t commands, refused;
+};
+
+struct xv_fault { /* why the guest was given up */
+	uint32_t code; /* enum xv_fault_code; written last */
+	uint32_t ring; /* vring index */
+	uint64_t detail;
+};
+
+/* ---- layout table, for the mirror's test ---- */
+struct xv_layout_entry {
+	const char *structure, *field; /* field NULL: the struct's own size */
+	uint32_t offset, size;
+};
+XV_API uint32_t xv_abi(void);
+XV_API const struct xv_layout_entry *xv_layout(uint32_t *count);
+XV_API const char *xv_drop_name(uint32_t drop);   /* NULL past the end */
+XV_API const char *xv_fault_name(uint32_t code);  /* NULL past the end */
+XV_API uint64_t xv_features(void); /* virtio feature bits that the rings and the copy implement */
+
+/* ---- a data plane and its workers ---- */
+XV_API int xv_dp_new(const struct xv_dp_conf *conf, struct xv_dp **out);
+XV_API void xv_dp_free(struct xv_dp *dp); /* after every worker has returned */
+XV_API int xv_worker_run(struct xv_dp *dp, uint32_t worker); /* the calling thread becomes the worker until xv_dp_stop */
+XV_API void xv_dp_stop(struct xv_dp *dp);
+XV_API int xv_dp_event_fd(const struct xv_dp *dp); /* readable when a guest faulted or changed its control state */
+XV_API void xv_dp_watchdog(struct xv_dp *dp);      /* call a few times a second: frees a worker stuck in a call fd */
+XV_API const struct xv_worker_counters *xv_worker_counters(const struct xv_dp *dp, uint32_t worker);
+XV_API int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf); /* returns when no worker sees the old one */
+XV_API void xv_quiesce(struct xv_dp *dp); /* returns when every worker has begun a new turn */
+
+/* ---- guests ---- */
+XV_API int xv_guest_new(uint32_t max_pairs, struct xv_guest **out);
+XV_API void xv_guest_free(struct xv_guest *guest);
+XV_API const struct xv_rx_counters *xv_guest_rx_counters(const struct xv_guest *guest, uint32_t pair);
+XV_API const struct xv_tx_counters *xv_guest_tx_counters(const struct xv_guest *guest, uint32_t pair);
+XV_API const struct xv_ctrl_state *xv_guest_ctrl(const struct xv_guest *guest);
+XV_API const struct xv_fault *xv_guest_fault(const struct xv_guest *guest);
+XV_API void xv_guest_reset(struct xv_guest *guest); /* forget fault and control state: a new front-end session */
+XV_API void xv_guest_announce(struct xv_guest *guest, const uint8_t mac[6]); /* send a RARP for it on the uplink */
+
+XV_API int xv_mem_new(const struct xv_region *regions, uint32_t count, struct xv_guest *guest, struct xv_mem **out);
+XV_API void xv_mem_free(struct xv_mem *mem);
+
+/* -EINVAL: size or alignment; -EFAULT: a part of the ring is not inside one region; -ENOMEM */
+XV_API int xv_vring_new(struct xv_mem *mem, const struct xv_vring_conf *conf, struct xv_vring **out);
+XV_API void xv_vring_free(struct xv_vring *vring);
+XV_API uint32_t xv_vring_base(const struct xv_vring *vring); /* next avail index to be read */
+XV_API void xv_vring_set_call(struct xv_vring *vring, int call_fd); /* then xv_quiesce() before the old fd is closed */
+XV_API void xv_vring_set_enabled(struct xv_vring *vring, int enabled);
+
+/* ---- NIC side ---- */
+XV_API int xv_nicq_new(const struct xv_nicq_conf *conf, struct xv_nicq **out); /* fills the fill ring */
+XV_API void xv_nicq_free(struct xv_nicq *nicq);
+XV_API const struct xv_nicq_counters *xv_nicq_counters(const struct xv_nicq *nicq);
+XV_API int xv_xsk_new(struct xv_nicq *nicq, const struct xv_xsk_conf *conf, struct xv_xsk **out);
+XV_API void xv_xsk_free(struct xv_xsk *xsk);
+XV_API const struct xv_xsk_counters *xv_xsk_counters(const struct xv_xsk *xsk);
+XV_API int xv_mcast_new(int fd, struct xv_mcast **out); /* AF_PACKET socket, PACKET_VNET_HDR and PACKET_AUXDATA on */
+XV_API void xv_mcast_free(struct xv_mcast *mcast);
+XV_API const struct xv_mcast_counters *xv_mcast_counters(const struct xv_mcast *mcast);
+
+#endif

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+/* What the library says of itself: ABI, layout, names, features. */
+#include <linux/virtio_config.h>
+#include <linux/virtio_net.h>
+#include <linux/virtio_ring.h>
+
+#include "base.h"
+
+uint32_t xv_abi(void)
+{
+	return XV_ABI;
+}
+
+#define SIZE(s) {#s, NULL, 0, sizeof(struct s)}
+#define FIELD(s, f) {#s, #f, offsetof(struct s, f), sizeof(((struct s *)0)->f)}
+
+static const struct xv_layout_entry layout[] = {
+	SIZE(xv_dp_conf), FIELD(xv_dp_conf, workers), FIELD(xv_dp_conf, poll), FIELD(xv_dp_conf, spin_us),
+	FIELD(xv_dp_conf, reserved),
+	SIZE(xv_region), FIELD(xv_region, gpa), FIELD(xv_region, size), FIELD(xv_region, user_addr), FIELD(xv_region, host),
+	SIZE(xv_vring_conf), FIELD(xv_vring_conf, desc), FIELD(xv_vring_conf, avail), FIELD(xv_vring_conf, used),
+	FIELD(xv_vring_conf, features), FIELD(xv_vring_conf, num), FIELD(xv_vring_conf, base),
+	FIELD(xv_vring_conf, kick_fd), FIELD(xv_vring_conf, call_fd), FIELD(xv_vring_conf, enabled),
+	FIELD(xv_vring_conf, reserved),
+	SIZE(xv_ring), FIELD(xv_ring, producer), FIELD(xv_ring, consumer), FIELD(xv_ring, flags), FIELD(xv_ring, ring),
+	FIELD(xv_ring, mask), FIELD(xv_ring, size),
+	SIZE(xv_nicq_conf), FIELD(xv_nicq_conf, umem), FIELD(xv_nicq_conf, umem_size), FIELD(xv_nicq_conf, chunk),
+	FIELD(xv_nicq_conf, rx_frames), FIELD(xv_nicq_conf, tx_frames), FIELD(xv_nicq_conf, flags),
+	FIELD(xv_nicq_conf, fill), FIELD(xv_nicq_conf, comp), FIELD(xv_nicq_conf, tx), FIELD(xv_nicq_conf, fd),
+	FIELD(xv_nicq_conf, queue),
+	SIZE(xv_xsk_conf), FIELD(xv_xsk_conf, rx), FIELD(xv_xsk_conf, fd), FIELD(xv_xsk_conf, reserved),
+	SIZE(xv_guest_conf), FIELD(xv_guest_conf, guest), FIELD(xv_guest_conf, rings), FIELD(xv_guest_conf, xsks),
+	FIELD(xv_guest_conf, features), FIELD(xv_guest_conf, nr_rings), FIELD(xv_guest_conf, nr_xsks),
+	FIELD(xv_guest_conf, ctrl), FIELD(xv_guest_conf, nic), FIELD(xv_guest_conf, worker),
+	FIELD(xv_guest_conf, max_pairs),
+	SIZE(xv_nic_conf), FIELD(xv_nic_conf, queues), FIELD(xv_nic_conf, mcast), FIELD(xv_nic_conf, nr_queues),
+	FIELD(xv_nic_conf, mtu),
+	SIZE(xv_mac_conf), FIELD(xv_mac_conf, mac), FIELD(xv_mac_conf, vlan), FIELD(xv_mac_conf, guest),
+	SIZE(xv_snapshot_conf), FIELD(xv_snapshot_conf, guests), FIELD(xv_snapshot_conf, nics),
+	FIELD(xv_snapshot_conf, macs), FIELD(xv_snapshot_conf, nr_guests), FIELD(xv_snapshot_conf, nr_nics),
+	FIELD(xv_snapshot_conf, nr_macs), FIELD(xv_snapshot_conf, reserved),
+	FIELD(xv_rx_counters, packets), FIELD(xv_rx_counters, bytes), FIELD(xv_rx_counters, copied_bytes),
+	FIELD(xv_rx_counters, kicks), FIELD(xv_rx_counters, calls), FIELD(xv_rx_counters, calls_failed),
+	FIELD(xv_rx_counters, csum_partial), FIELD(xv_rx_counters, csum_finished), FIELD(xv_rx_counters, drops),
+	FIELD(xv_tx_counters, packets), FIELD(xv_tx_counters, bytes), FIELD(xv_tx_counters, kicks),
+	FIELD(xv_tx_counters, calls), FIELD(xv_tx_counters, calls_failed), FIELD(xv_tx_counters, reserved),
+	FIELD(xv_tx_counters, drops),
+	FIELD(xv_xsk_counters, packets), FIELD(xv_xsk_counters, bytes),
+	FIELD(xv_nicq_counters, tx_packets), FIELD(xv_nicq_counters, tx_bytes), FIELD(xv_nicq_counters, copied_bytes),
+	FIELD(xv_nicq_counters, csum_finished), FIELD(xv_nicq_counters, sendto_calls),
+	FIELD(xv_nicq_counters, sendto_busy), FIELD(xv_nicq_counters, drops),
+	FIELD(xv_mcast_counters, packets), FIELD(xv_mcast_counters, bytes), FIELD(xv_mcast_counters, truncated),
+	FIELD(xv_worker_counters, polls_busy), FIELD(xv_worker_counters, polls_idle), FIELD(xv_worker_counters, sleeps),
+	FIELD(xv_worker_counters, wakeups), FIELD(xv_worker_counters, cycles_busy), FIELD(xv_worker_counters, packets),
+	FIELD(xv_worker_counters, heartbeat),
+	SIZE(xv_ctrl_state), FIELD(xv_ctrl_state, pairs), FIELD(xv_ctrl_state, rx_mode), FIELD(xv_ctrl_state, mac),
+	FIELD(xv_ctrl_state, commands), FIELD(xv_ctrl_state, refused),
+	SIZE(xv_fault), FIELD(xv_fault, code), FIELD(xv_fault, ring), FIELD(xv_fault, detail),
+};
+
+const struct xv_layout_entry *xv_layout(uint32_t *n)
+{
+	*n = ARRAY_SIZE(layout);
+	return layout;
+}
+
+const char *xv_drop_name(uint32_t drop)
+{
+	static const char *const names[XV_DROP_MAX] = {
+		[XV_DROP_NOT_CONNECTED] = "not_connected",
+		[XV_DROP_NO_BUFFERS] = "no_buffers",
+		[XV_DROP_TOO_BIG] = "too_big",
+		[XV_DROP_RUNT] = "runt",
+		[XV_DROP_BAD_HEADER] = "bad_header",
+		[XV_DROP_BAD_CHAIN] = "bad_chain",
+		[XV_DROP_NO_FRAMES] = "no_frames",
+		[XV_DROP_NIC_FULL] = "nic_full",
+		[XV_DROP_DISABLED] = "disabled",
+		[XV_DROP_NO_UPLINK] = "no_uplink",
+	};
+
+	return drop < XV_DROP_MAX ? names[drop] : NULL;
+}
+
+const char *xv_fault_name(uint32_t code)
+{
+	static const char *const names[XV_FAULT_MAX] = {
+		[XV_FAULT_NONE] = "no fault",
+		[XV_FAULT_MEMORY_GONE] = "its memory was truncated while mapped",
+		[XV_FAULT_AVAIL_INDEX] = "the avail index ran ahead by more than the ring's size",
+		[XV_FAULT_HEAD] = "an avail entry names a descriptor outside the table",
+		[XV_FAULT_CHAIN] = "a descriptor chain loops, leaves its table or has a bad indirect table",
+		[XV_FAULT_ADDRESS] = "a descriptor points outside the guest's memory",
+		[XV_FAULT_CALL_BLOCKED] = "its call descriptor blocks",
+	};
+
+	return code < XV_FAULT_MAX ? names[code] : NULL;
+}
+
+uint64_t xv_features(void)
+{
+	return 1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_F_ANY_LAYOUT | 1ull << VIRTIO_RING_F_INDIRECT_DESC |
+	       1ull << VIRTIO_RING_F_EVENT_IDX | 1ull << VIRTIO_NET_F_MRG_RXBUF | 1ull << VIRTIO_NET_F_CSUM |
+	       1ull << VIRTIO_NET_F_GUEST_CSUM | 1ull << VIRTIO_NET_F_CTRL_VQ | 1ull << VIRTIO_NET_F_CTRL_RX |
+	       1ull << VIRTIO_NET_F_MQ | 1ull << VIRTIO_NET_F_GUEST_ANNOUNCE;
+}

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * A command is one chain: class, command and data readable, one writable byte for the answer. The readable part is
+ * copied once and then judged, so the guest cannot change it in between. Every chain is answered, whatever it holds:
+ * Linux spins on the answer.
+ */
+#include "ctrlq.h"
+
+#include <unistd.h>
+
+#define COMMAND_MAX 4096u /* class, command, and two MAC tables of several hundred entries */
+#define SEGS_MAX 64u
+
+static uint16_t le16(const uint8_t *p)
+{
+	return (uint16_t)(p[0] | p[1] << 8);
+}
+
+static bool rx_mode(struct xv_guest *guest, uint8_t command, const uint8_t *data, uint32_t len)
+{
+	if (command > VIRTIO_NET_CTRL_RX_NOBCAST || len != 1)
+		return false;
+	store_once(&guest->ctrl.rx_mode, (guest->ctrl.rx_mode & ~(1u << command)) | (uint32_t)!!data[0] << command);
+	return true;
+}
+
+static bool queue_pairs(struct xv_guest *guest, uint8_t command, const uint8_t *data, uint32_t len, uint32_t max_pairs)
+{
+	uint16_t pairs;
+
+	if (command != VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET || len != 2)
+		return false;
+	pairs = le16(data);
+	if (pairs < VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MIN || pairs > max_pairs)
+		return false;
+	store_once(&guest->ctrl.pairs, (uint32_t)pairs);
+	return true;
+}
+
+static bool execute(struct xv_vring *vr, uint64_t features, uint32_t max_pairs, const uint8_t *cmd, uint32_t len)
+{
+	if (len < 2)
+		return false;
+	switch (cmd[0]) {
+	case VIRTIO_NET_CTRL_RX:
+		return features & 1ull << VIRTIO_NET_F_CTRL_RX && rx_mode(vr->guest, cmd[1], cmd + 2, len - 2);
+	case VIRTIO_NET_CTRL_MQ:
+		return features & 1ull << VIRTIO_NET_F_MQ && queue_pairs(vr->guest, cmd[1], cmd + 2, len - 2, max_pairs);
+	case VIRTIO_NET_CTRL_ANNOUNCE:
+		return features & 1ull << VIRTIO_NET_F_GUEST_ANNOUNCE && cmd[1] == VIRTIO_NET_CTRL_ANNOUNCE_ACK;
+	default:
+		return false;
+	}
+}
+
+uint32_t ctrlq_poll(struct xv_vring *vr, uint64_t features, uint32_t max_pairs, struct call_ctx *ctx)
+{
+	uint32_t ready = MIN(vring_avail(vr), XV_BURST), done = 0;
+	struct xv_ctrl_state *state = &vr->guest->ctrl;
+	struct xv_seg segs[SEGS_MAX];
+	uint8_t command[COMMAND_MAX];
+	uint64_t one = 1;
+
+	for (; done < ready; done++) {
+		uint16_t head = vring_head(vr, vr->last_avail);
+		uint32_t nr, writable, len = 0, written = 0;
+		uint64_t bytes;
+		enum chain_result result = vring_chain(vr, head, CHAIN_READ, segs, SEGS_MAX, &nr, &bytes, &writable);
+		bool ok = result == CHAIN_OK;
+
+		if (result == CHAIN_FAULT)
+			break;
+		if (!ok)
+			nr = writable = 0;
+		for (uint32_t i = 0; i < nr - writable; i++) {
+			if (segs[i].len > COMMAND_MAX - len) {
+				ok = false;
+				break;
+			}
+			memcpy(command + len, segs[i].data, segs[i].len);
+			len += segs[i].len;
+		}
+		ok = ok && execute(vr, features, max_pairs, command, len);
+		if (writable) {
+			*segs[nr - 1].data = ok ? VIRTIO_NET_OK : VIRTIO_NET_ERR; /* one byte: the last segment's first */
+			written = 1;
+		}
+		count(state->commands, 1);
+		if (!ok)
+			count(state->refused, 1);
+		vring_use(vr, head, written);
+		vr->last_avail++;
+	}
+	if (done) {
+		if (vring_publish(vr))
+			vring_call(vr, &vr->queue->tx.calls, &vr->queue->tx.calls_failed, &ctx->calling);
+		if (vr->guest->event_fd >= 0 && write(vr->guest->event_fd, &one, sizeof(one)) < 0)
+			return done; /* saturated: control has an event to read anyway */
+	}
+	return done;
+}

@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The data plane as a whole: its workers and the snapshot they share. */
+#ifndef XV_DP_H
+#define XV_DP_H
+
+#include <pthread.h>
+
+#include "switch.h"
+
+struct worker {
+	struct xv_dp *dp;
+	uint32_t index;
+	int epfd;
+	int wake_fd;           /* eventfd: look at the snapshot, or stop */
+	/* said to control */
+	uint64_t seen;         /* epoch at the beginning of the turn */
+	bool running, parked;  /* parked: asleep, holding nothing */
+	pthread_t thread;      /* valid while running */
+	/* its own */
+	uint32_t requests_seen;
+	uint64_t mcast_due, last_work, watchdog_turns;
+	bool stalls;           /* something waits for a guest's buffers */
+	struct call_ctx calls;
+	struct dirty dirty;
+	struct burst_chains chains;
+	struct xv_burst burst;
+	struct xv_worker_counters counters;
+};
+
+struct xv_dp {
+	struct xv_dp_conf conf;
+	int event_fd;
+	struct snapshot *snap;
+	uint64_t epoch;        /* moved by xv_publish() and xv_quiesce() */
+	uint32_t requests;     /* moved when a guest wants to be announced */
+	uint32_t generation;   /* of sources registered with epoll */
+	bool stopping;
+	uint64_t cycles_per_us;
+	struct worker workers[];
+};
+
+void worker_wake(struct worker *worker);
+
+#endif

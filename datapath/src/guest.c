@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "guest.h"
+
+void guest_fault(struct xv_guest *guest, enum xv_fault_code code, uint32_t ring, uint64_t detail)
+{
+	uint32_t none = XV_FAULT_NONE;
+	uint64_t one = 1;
+
+	/* UINT32_MAX claims the record while it is filled; readers take any code past XV_FAULT_MAX for "being written" */
+	if (!__atomic_compare_exchange_n(&guest->fault.code, &none, UINT32_MAX, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+		return;
+	guest->fault.ring = ring;
+	guest->fault.detail = detail;
+	store_release(&guest->fault.code, (uint32_t)code);
+	if (guest->event_fd >= 0 && write(guest->event_fd, &one, sizeof(one)) < 0)
+		return; /* EAGAIN: the counter is saturated, so control has an event to read anyway */
+}
+
+int xv_guest_new(uint32_t max_pairs, struct xv_guest **out)
+{
+	struct xv_guest *guest;
+
+	if (max_pairs == 0 || max_pairs > XV_MAX_PAIRS)
+		return -EINVAL;
+	guest = aligned_alloc(64, ALIGN_UP(sizeof(*guest) + max_pairs * sizeof(guest->queues[0]), 64));
+	if (!guest)
+		return -ENOMEM;
+	memset(guest, 0, sizeof(*guest) + max_pairs * sizeof(guest->queues[0]));
+	guest->max_pairs = max_pairs;
+	guest->event_fd = -1;
+	guest->ctrl.pairs = 1;
+	*out = guest;
+	return 0;
+}
+
+void xv_guest_free(struct xv_guest *guest)
+{
+	free(guest);
+}
+
+const struct xv_rx_counters *xv_guest_rx_counters(const struct xv_guest *guest, uint32_t pair)
+{
+	return pair < guest->max_pairs ? &guest->queues[pair].rx : NULL;
+}
+
+const struct xv_tx_counters *xv_guest_tx_counters(const struct xv_guest *guest, uint32_t pair)
+{
+	return pair < guest->max_pairs ? &guest->queues[pair].tx : NULL;
+}
+
+const struct xv_ctrl_state *xv_guest_ctrl(const struct xv_guest *guest)
+{
+	return &guest->ctrl;
+}
+
+const struct xv_fault *xv_guest_fault(const struct xv_guest *guest)
+{
+	return &guest->fault;
+}
+
+void xv_guest_reset(struct xv_guest *guest)
+{
+	uint64_t commands = guest->ctrl.commands, refused = guest->ctrl.refused;
+
+	memset(&guest->ctrl, 0, sizeof(guest->ctrl));
+	guest->ctrl.pairs = 1;
+	guest->ctrl.commands = commands;
+	guest->ctrl.refused = refused;
+	store_release(&guest->fault.code, (uint32_t)XV_FAULT_NONE);
+}
+
+void xv_guest_announce(struct xv_guest *guest, const uint8_t mac[6])
+{
+	uint64_t word = 0;
+
+	memcpy(&word, mac, 6);
+	store_release(&guest->announce, word | 1ull << 63);
+	if (guest->requests)
+		__atomic_fetch_add(guest->requests, 1u, __ATOMIC_RELEASE);
+}

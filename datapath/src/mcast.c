@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * A NIC's broadcast and multicast, by a packet socket: XDP passes such frames to the kernel, and this socket (filtered
+ * to them by control) hands the guests' copies here. PACKET_VNET_HDR tells which lack their checksum, PACKET_AUXDATA
+ * which had their VLAN tag taken out.
+ */
+#include <errno.h>
+#include <linux/if_packet.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include "nethdr.h"
+#include "port.h"
+
+#define SLOTS 16u
+#define SLOT_BYTES 16384u
+#define TAG 4u      /* room kept in front for a VLAN tag */
+#define MACS 12u    /* what stands before the tag */
+
+struct mcast_slot {
+	struct mmsghdr msg;
+	struct iovec iov[2];
+	struct virtio_net_hdr hdr;
+	union {
+		struct cmsghdr align;
+		uint8_t bytes[CMSG_SPACE(sizeof(struct tpacket_auxdata))];
+	} control;
+};
+
+static const struct tpacket_auxdata *auxdata(struct msghdr *msg)
+{
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c; c = CMSG_NXTHDR(msg, c))
+		if (c->cmsg_level == SOL_PACKET && c->cmsg_type == PACKET_AUXDATA)
+			return (const void *)CMSG_DATA(c);
+	return NULL;
+}
+
+/* False: the frame is unusable and counted. */
+static bool make_view(struct xv_mcast *mcast, struct mcast_slot *slot, uint8_t *frame, struct xv_view *view)
+{
+	const struct tpacket_auxdata *aux = auxdata(&slot->msg.msg_hdr);
+	uint32_t len = slot->msg.msg_len, tag = 0;
+
+	if (len < sizeof(slot->hdr) + ETH_HEADER || slot->msg.msg_hdr.msg_flags & MSG_TRUNC) {
+		count(mcast->counters.truncated, 1);
+		return false;
+	}
+	len -= (uint32_t)sizeof(slot->hdr);
+	if (aux && aux->tp_status & TP_STATUS_VLAN_VALID) {
+		uint16_t tpid = aux->tp_status & TP_STATUS_VLAN_TPID_VALID ? aux->tp_vlan_tpid : 0x8100;
+		uint8_t bytes[TAG] = {(uint8_t)(tpid >> 8), (uint8_t)tpid, (uint8_t)(aux->tp_vlan_tci >> 8),
+				      (uint8_t)aux->tp_vlan_tci};
+
+		tag = TAG;
+		memmove(frame - TAG, frame, MACS);
+		frame -= TAG;
+		memcpy(frame + MACS, bytes, TAG);
+		len += TAG;
+		slot->hdr.csum_start = (uint16_t)(slot->hdr.csum_start + tag);
+	}
+	*view = (struct xv_view){.first = {frame, len}, .len = len};
+	if (!net_header_in(&slot->hdr, true, view)) {
+		count(mcast->counters.truncated, 1);
+		return false;
+	}
+	return true;
+}
+
+void mcast_rx_burst(struct xv_mcast *mcast, struct xv_burst *burst)
+{
+	struct mmsghdr msgs[SLOTS];
+	int n;
+
+	burst->nr = burst->nr_segs = 0;
+	for (uint32_t i = 0; i < SLOTS; i++) {
+		msgs[i] = mcast->slots[i].msg;
+		msgs[i].msg_hdr.msg_controllen = sizeof(mcast->slots[i].control);
+	}
+	n = recvmmsg(mcast->rx.fd, msgs, SLOTS, MSG_DONTWAIT, NULL);
+	for (int i = 0; i < n; i++) {
+		struct mcast_slot *slot = &mcast->slots[i];
+		struct xv_view *view = &burst->views[burst->nr];
+
+		slot->msg = msgs[i];
+		if (!make_view(mcast, slot, mcast->buffers + (size_t)i * SLOT_BYTES + TAG, view))
+			continue;
+		count(mcast->counters.packets, 1);
+		count(mcast->counters.bytes, view->len);
+		burst->nr++;
+	}
+}
+
+int xv_mcast_new(int fd, struct xv_mcast **out)
+{
+	struct xv_mcast *mcast = aligned_alloc(64, ALIGN_UP(sizeof(*mcast), 64));
+
+	if (!mcast)
+		return -ENOMEM;
+	memset(mcast, 0, sizeof(*mcast));
+	mcast->buffers = malloc((size_t)SLOTS * SLOT_BYTES);
+	mcast->slots = calloc(SLOTS, sizeof(mcast->slots[0]));
+	if (!mcast->buffers || !mcast->slots) {
+		xv_mcast_free(mcast);
+		return -ENOMEM;
+	}
+	mcast->rx = (struct source){.fd = fd, .epfd = -1};
+	for (uint32_t i = 0; i < SLOTS; i++) {
+		struct mcast_slot *slot = &mcast->slots[i];
+		struct msghdr *msg = &slot->msg.msg_hdr;
+
+		slot->iov[0] = (struct iovec){&slot->hdr, sizeof(slot->hdr)};
+		slot->iov[1] = (struct iovec){mcast->buffers + (size_t)i * SLOT_BYTES + TAG, SLOT_BYTES - TAG};
+		msg->msg_iov = slot->iov;
+		msg->msg_iovlen = 2;
+		msg->msg_control = &slot->control;
+	}
+	*out = mcast;
+	return 0;
+}
+
+void xv_mcast_free(struct xv_mcast *mcast)
+{
+	if (!mcast)
+		return;
+	free(mcast->buffers);
+	free(mcast->slots);
+	free(mcast);
+}
+
+const struct xv_mcast_counters *xv_mcast_counters(const struct xv_mcast *mcast)
+{
+	return &mcast->counters;
+}

@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The kinds of port and their operations. Each kind offers what it has of
+ *
+ *     rx_burst    up to XV_BURST views of frames, each where it lies
+ *     tx_burst    place views at the destination: the only copy a frame gets; answers how many were taken
+ *     rx_release  give the frames just viewed back to where they came from
+ */
+#ifndef XV_PORT_H
+#define XV_PORT_H
+
+#include "vring.h"
+
+/* ---- guest (vhost.c) ---- */
+
+struct call_ctx { /* what a worker lends to whoever interrupts guests */
+	const struct xv_vring *calling; /* being written to right now; the watchdog looks at it */
+};
+
+/* The chains of a burst: first `skipped` ones whose frames were dropped, then one for each view. */
+struct burst_chains {
+	uint16_t head[XV_BURST];
+	uint32_t skipped;
+};
+
+/*
+ * View the frames that the guest sent. Frames that cannot be forwarded are counted and skipped, and only before the
+ * first good one: the next burst meets those that stand behind. Nothing is given back before guest_rx_release().
+ */
+void guest_rx_burst(struct xv_vring *vr, struct xv_burst *burst, struct burst_chains *chains);
+/* Give back the skipped chains and those of the first n views, and count the views as sent by the guest. */
+void guest_rx_release(struct xv_vring *vr, const struct xv_burst *burst, const struct burst_chains *chains, uint32_t n,
+		      struct call_ctx *ctx);
+/*
+ * Copy frames into the guest's receive buffers, in order, until its buffers run out; answers how many views are done
+ * with (delivered, or dropped because the guest can never take them).
+ */
+uint32_t guest_tx_burst(struct xv_vring *vr, const struct xv_view *const *views, uint32_t n, struct call_ctx *ctx);
+
+/* ---- NIC queue (xsk.c) ---- */
+
+struct xv_nicq {
+	uint8_t *umem;
+	uint64_t umem_size;
+	uint32_t chunk, flags, queue;
+	int fd;
+	struct {
+		uint32_t *producer, *consumer, *flags;
+		uint64_t *ring;
+		uint32_t mask, size;
+	} fill, comp;
+	struct {
+		uint32_t *producer, *consumer, *flags;
+		struct xdp_desc *ring;
+		uint32_t mask, size;
+	} tx;
+	struct spinlock fill_lock __attribute__((aligned(64)));
+	uint32_t fill_prod;
+	struct spinlock tx_lock __attribute__((aligned(64)));
+	uint32_t tx_prod, comp_cons, nr_free;
+	uint64_t *free; /* addresses of frames free for sending */
+	uint32_t stuck; /* flushes in a row that the kernel took nothing of */
+	struct xv_nicq_counters counters;
+};
+
+struct xv_xsk {
+	struct xv_nicq *nicq;
+	uint32_t *producer, *consumer;
+	struct xdp_desc *ring;
+	uint32_t mask, size;
+	uint32_t cons;  /* first entry not yet released */
+	uint32_t keep;  /* frames it may hold back while its guest has no buffers; set by xv_publish() */
+	struct xv_vring *stalled_on;
+	struct source rx;
+	struct xv_xsk_counters counters;
+};
+
+/* View received frames, without consuming them. */
+void xsk_rx_burst(struct xv_xsk *xsk, struct xv_burst *burst);
+/* Consume the first n and give them to the fill ring. */
+void xsk_rx_release(struct xv_xsk *xsk, uint32_t n);
+/* Frames that wait in the ring. */
+uint32_t xsk_backlog(const struct xv_xsk *xsk);
+/* Copy frames into UMEM and queue them; those that cannot be sent are counted in `drops` of their sender. */
+void nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uint32_t n, uint32_t max_len, uint64_t *drops);
+/* Tell the kernel to send what is queued. False when some of it must wait. */
+bool nicq_tx_flush(struct xv_nicq *nicq);
+
+/* ---- broadcast and multicast of a NIC (mcast.c) ---- */
+
+struct mcast_slot;
+
+struct xv_mcast {
+	struct source rx;
+	uint8_t *buffers;
+	struct mcast_slot *slots;
+	struct xv_mcast_counters counters;
+};
+
+/* Receive frames; valid until the next call. There is nothing to release. */
+void mcast_rx_burst(struct xv_mcast *mcast, struct xv_burst *burst);
+
+#endif

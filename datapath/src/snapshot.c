@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "snapshot.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#define TAGS 8u /* bytes of two VLAN tags */
+
+static const void *at(uint64_t address)
+{
+	return (const void *)(uintptr_t)address;
+}
+
+/* Frames a socket may hold back when its guest has no buffers: together at most half of the receive frames. */
+static uint32_t keep_of(const struct xv_xsk *xsk, uint32_t nr_guests)
+{
+	uint32_t share = (xsk->nicq->fill.size / 2) / MAX(nr_guests, 1u);
+
+	return MAX(MIN(share, xsk->size - xsk->size / 4), XV_BURST);
+}
+
+static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_guest_conf *conf, uint32_t nr_guests)
+{
+	struct xv_vring *const *rings = at(conf->rings);
+	struct xv_xsk *const *xsks = at(conf->xsks);
+	struct port *port = &snap->ports[index];
+	struct nic *nic = conf->nic < snap->nr_nics ? &snap->nics[conf->nic] : NULL;
+	uint32_t workers = snap->nr_workers;
+
+	port->guest = (struct xv_guest *)(uintptr_t)conf->guest;
+	port->nic = conf->nic;
+	port->own_ctrl = conf->ctrl != XV_NO_RING;
+	if (!port->guest || !conf->max_pairs || conf->max_pairs > port->guest->max_pairs ||
+	    conf->nr_rings > 2 * port->guest->max_pairs + 1)
+		return -EINVAL;
+	port->rx = calloc(port->guest->max_pairs, sizeof(port->rx[0]));
+	if (!port->rx)
+		return -ENOMEM;
+	for (uint32_t i = 0; i < conf->nr_rings; i++) {
+		struct xv_vring *vr = rings[i];
+		struct duty *duty = &snap->duties[(conf->worker + i / 2) % workers];
+
+		if (!vr)
+			continue;
+		vr->index = i;
+		if (i == conf->ctrl) {
+			duty = &snap->duties[conf->worker % workers];
+			vr->queue = &port->guest->queues[0];
+			vr->kick.events = NULL;
+			duty->ctrl[duty->nr_ctrl++] = (struct ctrl_source){vr, conf->features, conf->max_pairs};
+			continue;
+		}
+		if (i / 2 >= port->guest->max_pairs)
+			return -EINVAL;
+		vr->queue = &port->guest->queues[i / 2];
+		if (i & 1) {
+			vr->kick.events = &vr->queue->tx.kicks;
+			duty->tx[duty->nr_tx++] = (struct tx_source){
+				vr, nic && nic->nr_queues ? nic->queues[(conf->worker + i / 2) % nic->nr_queues] : NULL, index, i / 2};
+		} else {
+			vr->kick.events = &vr->queue->rx.kicks;
+			port->rx[i / 2] = vr;
+			port->nr_rx = i / 2 + 1;
+		}
+	}
+	for (uint32_t i = 0; i < conf->nr_xsks; i++) {
+		struct duty *duty = &snap->duties[(conf->worker + i) % workers];
+
+		duty->xsk[duty->nr_xsk++] = (struct xsk_source){xsks[i], index, xsks[i]->nicq->queue};
+		xsks[i]->keep = keep_of(xsks[i], nr_guests);
+	}
+	return 0;
+}
+
+static int add_nics(struct snapshot *snap, const struct xv_nic_conf *confs)
+{
+	for (uint32_t i = 0; i < snap->nr_nics; i++) {
+		struct nic *nic = &snap->nics[i];
+
+		nic->nr_queues = confs[i].nr_queues;
+		nic->max_len = confs[i].mtu + 14 + TAGS;
+		nic->mcast = (struct xv_mcast *)(uintptr_t)confs[i].mcast;
+		nic->queues = calloc(MAX(nic->nr_queues, 1u), sizeof(nic->queues[0]));
+		if (!nic->queues)
+			return -ENOMEM;
+		memcpy(nic->queues, at(confs[i].queues), nic->nr_queues * sizeof(nic->queues[0]));
+		if (nic->mcast) {
+			struct duty *duty = &snap->duties[i % snap->nr_workers];
+
+			duty->mcast[duty->nr_mcast++] = (struct mcast_source){nic->mcast, i};
+		}
+	}
+	return 0;
+}
+
+static int add_macs(struct snapshot *snap, const struct xv_mac_conf *confs, uint32_t n)
+{
+	uint32_t bits = 4;
+
+	while (1ull << bits < 2ull * n)
+		bits++;
+	snap->mac_mask = (uint32_t)((1ull << bits) - 1);
+	snap->mac_shift = 64 - bits;
+	snap->macs = malloc(((size_t)snap->mac_mask + 1) * sizeof(snap->macs[0]));
+	if (!snap->macs)
+		return -ENOMEM;
+	for (uint32_t i = 0; i <= snap->mac_mask; i++)
+		snap->macs[i] = (struct mac_entry){MAC_EMPTY, NO_PORT};
+	for (uint32_t i = 0; i < n; i++) {
+		uint64_t key = mac_key(confs[i].mac, confs[i].vlan);
+		uint32_t slot = mac_slot(snap, key);
+
+		if (confs[i].guest >= snap->nr_ports || confs[i].mac[0] & 1 || mac_find(snap, key) != NO_PORT)
+			return -EINVAL;
+		while (snap->macs[slot].key != MAC_EMPTY)
+			slot = (slot + 1) & snap->mac_mask;
+		snap->macs[slot] = (struct mac_entry){key, confs[i].guest};
+	}
+	return 0;
+}
+
+/* Room for everything in every duty: which worker gets what is decided while adding. */
+static int make_duties(struct snapshot *snap, const struct xv_snapshot_conf *conf)
+{
+	const struct xv_guest_conf *guests = at(conf->guests);
+	size_t rings = 1, xsks = 1;
+
+	for (uint32_t i = 0; i < conf->nr_guests; i++) {
+		rings += guests[i].nr_rings;
+		xsks += guests[i].nr_xsks;
+	}
+	for (uint32_t w = 0; w < snap->nr_workers; w++) {
+		struct duty *duty = &snap->duties[w];
+
+		duty->tx = calloc(rings, sizeof(duty->tx[0]));
+		duty->ctrl = calloc((size_t)conf->nr_guests + 1, sizeof(duty->ctrl[0]));
+		duty->xsk = calloc(xsks, sizeof(duty->xsk[0]));
+		duty->mcast = calloc((size_t)conf->nr_nics + 1, sizeof(duty->mcast[0]));
+		if (!duty->tx || !duty->ctrl || !duty->xsk || !duty->mcast)
+			return -ENOMEM;
+	}
+	return 0;
+}
+
+int snapshot_new(const struct xv_snapshot_conf *conf, uint32_t workers, struct snapshot **out)
+{
+	const struct xv_guest_conf *guests = at(conf->guests);
+	struct snapshot *snap = calloc(1, sizeof(*snap) + workers * sizeof(snap->duties[0]));
+	int result = -ENOMEM;
+
+	if (!snap)
+		return -ENOMEM;
+	snap->nr_workers = workers;
+	snap->nr_nics = conf->nr_nics;
+	snap->nr_ports = conf->nr_guests;
+	snap->ports = calloc((size_t)conf->nr_guests + 1, sizeof(snap->ports[0]));
+	snap->nics = calloc((size_t)conf->nr_nics + 1, sizeof(snap->nics[0]));
+	if (!snap->ports || !snap->nics)
+		goto fail;
+	result = make_duties(snap, conf);
+	if (!result)
+		result = add_nics(snap, at(conf->nics));
+	for (uint32_t i = 0; !result && i < conf->nr_guests; i++)
+		result = add_guest(snap, i, &guests[i], conf->nr_guests);
+	if (!result)
+		result = add_macs(snap, at(conf->macs), conf->nr_macs);
+	if (result)
+		goto fail;
+	*out = snap;
+	return 0;
+fail:
+	snapshot_free(snap);
+	return result;
+}
+
+void snapshot_free(struct snapshot *snap)
+{
+	if (!snap)
+		return;
+	for (uint32_t i = 0; snap->ports && i < snap->nr_ports; i++)
+		free(snap->ports[i].rx);
+	for (uint32_t i = 0; snap->nics && i < snap->nr_nics; i++)
+		free(snap->nics[i].queues);
+	for (uint32_t w = 0; w < snap->nr_workers; w++) {
+		free(snap->duties[w].tx);
+		free(snap->duties[w].ctrl);
+		free(snap->duties[w].xsk);
+		free(snap->duties[w].mcast);
+	}
+	free(snap->ports);
+	free(snap->nics);
+	free(snap->macs);
+	free(snap);
+}

@@ -1,0 +1,98 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the workers see: who is there, who polls what, which MAC is whose. Made by control, immutable, replaced whole.
+ */
+#ifndef XV_SNAPSHOT_H
+#define XV_SNAPSHOT_H
+
+#include "port.h"
+
+#define NO_PORT UINT32_MAX /* not a guest here: the uplink */
+
+struct port { /* a guest */
+	struct xv_guest *guest;
+	struct xv_vring **rx; /* nr_rx receive rings by pair, NULL where not started */
+	uint32_t nr_rx, nic;
+	bool own_ctrl;        /* the control virtqueue is ours, so pairs are switched on by it */
+};
+
+struct nic {
+	struct xv_nicq **queues;
+	uint32_t nr_queues, max_len; /* max_len: largest frame, Ethernet header and two tags included */
+	struct xv_mcast *mcast;
+};
+
+struct mac_entry {
+	uint64_t key;  /* MAC_EMPTY or mac_key() */
+	uint32_t port;
+};
+
+#define MAC_EMPTY UINT64_MAX
+
+struct tx_source { /* a guest's transmit ring */
+	struct xv_vring *vring;
+	struct xv_nicq *uplink; /* NULL: none */
+	uint32_t port, pair;
+};
+
+struct xsk_source {
+	struct xv_xsk *xsk;
+	uint32_t port, hint;
+};
+
+struct ctrl_source {
+	struct xv_vring *vring;
+	uint64_t features;
+	uint32_t max_pairs;
+};
+
+struct mcast_source {
+	struct xv_mcast *mcast;
+	uint32_t nic;
+};
+
+struct duty { /* of one worker */
+	struct tx_source *tx;
+	struct xsk_source *xsk;
+	struct ctrl_source *ctrl;
+	struct mcast_source *mcast;
+	uint32_t nr_tx, nr_xsk, nr_ctrl, nr_mcast;
+};
+
+struct snapshot {
+	struct port *ports;
+	struct nic *nics;
+	struct mac_entry *macs; /* mac_mask + 1 slots, at most half of them taken */
+	uint32_t nr_ports, nr_nics, mac_mask, mac_shift;
+	uint32_t nr_workers;
+	struct duty duties[];
+};
+
+static inline uint64_t mac_key(const uint8_t mac[6], uint16_t vlan)
+{
+	uint64_t key = 0;
+
+	memcpy(&key, mac, 6);
+	return key | (uint64_t)vlan << 48;
+}
+
+static inline uint32_t mac_slot(const struct snapshot *snap, uint64_t key)
+{
+	return (uint32_t)((key * 0x9e3779b97f4a7c15ull) >> snap->mac_shift) & snap->mac_mask;
+}
+
+static inline uint32_t mac_find(const struct snapshot *snap, uint64_t key)
+{
+	for (uint32_t at = mac_slot(snap, key);; at = (at + 1) & snap->mac_mask) {
+		if (snap->macs[at].key == key)
+			return snap->macs[at].port;
+		if (snap->macs[at].key == MAC_EMPTY)
+			return NO_PORT;
+	}
+}
+
+/* 0 or -errno: -EINVAL when conf contradicts itself. Binds each vring to its guest's queue. */
+int snapshot_new(const struct xv_snapshot_conf *conf, uint32_t workers, struct snapshot **out);
+void snapshot_free(struct snapshot *snap);
+
+#endif

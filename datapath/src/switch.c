@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "switch.h"
+
+#include "nethdr.h"
+
+#define TO_FLOOD (UINT32_MAX - 1)
+
+static void mark_dirty(struct dirty *dirty, struct xv_nicq *nicq)
+{
+	for (uint32_t i = 0; i < dirty->nr; i++)
+		if (dirty->queues[i] == nicq)
+			return;
+	if (dirty->nr == DIRTY_MAX) {
+		nicq_tx_flush(nicq);
+		return;
+	}
+	dirty->queues[dirty->nr++] = nicq;
+}
+
+static uint32_t find_destination(const struct snapshot *snap, const struct xv_view *view)
+{
+	uint8_t copy[ETH_HEADER + 4];
+	const uint8_t *header = view->first.data;
+	uint16_t vlan = 0;
+	uint64_t key;
+	uint32_t port;
+
+	if (unlikely(view->first.len < sizeof(copy))) {
+		memset(copy, 0, sizeof(copy));
+		view_peek(view, copy, sizeof(copy));
+		header = copy;
+	}
+	if (header[0] & 1)
+		return TO_FLOOD;
+	if (unlikely((header[12] == 0x81 && header[13] == 0x00) || (header[12] == 0x88 && header[13] == 0xa8)))
+		vlan = (uint16_t)((header[14] & 15) << 8 | header[15]);
+	key = mac_key(header, vlan);
+	port = mac_find(snap, key);
+	if (unlikely(port == NO_PORT && vlan))
+		port = mac_find(snap, mac_key(header, XV_VLAN_ANY));
+	return port;
+}
+
+/* The receive ring for a frame: the hint's, or the next one that is switched on. NULL: none is. */
+static struct xv_vring *rx_ring(const struct port *port, uint32_t hint)
+{
+	uint32_t n = port->nr_rx;
+
+	if (unlikely(!n))
+		return NULL;
+	if (port->own_ctrl)
+		n = MIN(n, load_once(&port->guest->ctrl.pairs));
+	for (uint32_t i = 0, at = n > 1 ? hint % n : 0; i < n; i++, at = at + 1 == n ? 0 : at + 1)
+		if (port->rx[at] && vring_usable(port->rx[at]))
+			return port->rx[at];
+	return NULL;
+}
+
+static void drop_rx(struct guest_queue *queue, enum xv_drop why, uint32_t n)
+{
+	spin_lock(&queue->rx_lock);
+	count(queue->rx.drops[why], n);
+	spin_unlock(&queue->rx_lock);
+}
+
+void switch_drop_stalled(struct xv_vring *stalled, uint32_t n)
+{
+	if (n)
+		drop_rx(stalled->queue, XV_DROP_NO_BUFFERS, n);
+}
+
+uint32_t switch_to_guest(const struct snapshot *snap, uint32_t index, uint32_t hint, const struct xv_view *const *views,
+			 uint32_t n, struct call_ctx *ctx, struct xv_vring **stalled)
+{
+	const struct port *port = &snap->ports[index];
+	struct xv_vring *vr = rx_ring(port, hint);
+	uint32_t done;
+
+	if (unlikely(!vr)) {
+		drop_rx(&port->guest->queues[hint % port->guest->max_pairs], XV_DROP_NOT_CONNECTED, n);
+		return n;
+	}
+	done = guest_tx_burst(vr, views, n, ctx);
+	if (done < n)
+		*stalled = vr;
+	return done;
+}
+
+static void to_uplink(const struct snapshot *snap, const struct origin *from, const struct xv_view *const *views, uint32_t n,
+		      struct dirty *dirty)
+{
+	if (!from->drops)
+		return; /* came from the NIC: it has been on that wire */
+	if (unlikely(!from->uplink)) {
+		count(from->drops[XV_DROP_NO_UPLINK], n);
+		return;
+	}
+	nicq_tx_burst(from->uplink, views, n, snap->nics[from->nic].max_len, from->drops);
+	mark_dirty(dirty, from->uplink);
+}
+
+static void flood(const struct snapshot *snap, const struct origin *from, const struct xv_view *const *views, uint32_t n,
+		  struct call_ctx *ctx, struct dirty *dirty)
+{
+	for (uint32_t i = 0; i < snap->nr_ports; i++) {
+		struct xv_vring *stalled = NULL;
+		uint32_t done;
+
+		if (i == from->port || snap->ports[i].nic != from->nic || !snap->ports[i].nr_rx)
+			continue;
+		done = switch_to_guest(snap, i, from->hint, views, n, ctx, &stalled);
+		if (stalled)
+			switch_drop_stalled(stalled, n - done);
+	}
+	if (from->uplink)
+		to_uplink(snap, from, views, n, dirty);
+}
+
+/* Views [0, n) all go to the same place; answers how many are done with. */
+static uint32_t forward(const struct snapshot *snap, const struct origin *from, uint32_t to, const struct xv_view *const *views,
+			uint32_t n, struct call_ctx *ctx, struct dirty *dirty, struct xv_vring **stalled)
+{
+	if (to == TO_FLOOD) {
+		flood(snap, from, views, n, ctx, dirty);
+	} else if (to == NO_PORT || snap->ports[to].nic != from->nic || to == from->port) {
+		to_uplink(snap, from, views, n, dirty);
+	} else {
+		return switch_to_guest(snap, to, from->hint, views, n, ctx, stalled);
+	}
+	return n;
+}
+
+uint32_t switch_burst(const struct snapshot *snap, const struct origin *from, struct xv_burst *burst, struct call_ctx *ctx,
+		      struct dirty *dirty, struct xv_vring **stalled)
+{
+	const struct xv_view *views[XV_BURST];
+	bool same = true;
+	uint32_t left;
+
+	*stalled = NULL;
+	for (uint32_t i = 0; i < burst->nr; i++) {
+		burst->views[i].to = find_destination(snap, &burst->views[i]);
+		same &= burst->views[i].to == burst->views[0].to;
+		views[i] = &burst->views[i];
+	}
+	if (likely(same && burst->nr))
+		return forward(snap, from, burst->views[0].to, views, burst->nr, ctx, dirty, stalled);
+
+	/* several destinations: each gets its views in their order; what one cannot take now is dropped */
+	for (left = burst->nr; left;) {
+		const uint32_t to = views[0]->to;
+		const struct xv_view *mine[XV_BURST];
+		struct xv_vring *short_of = NULL;
+		uint32_t n = 0, others = 0, done;
+
+		for (uint32_t i = 0; i < left; i++) {
+			if (views[i]->to == to)
+				mine[n++] = views[i];
+			else
+				views[others++] = views[i];
+		}
+		left = others;
+		done = forward(snap, from, to, mine, n, ctx, dirty, &short_of);
+		if (short_of)
+			switch_drop_stalled(short_of, n - done);
+	}
+	return burst->nr;
+}

@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Where a frame goes: by destination MAC and VLAN to a guest, to the uplink, or to everyone. */
+#ifndef XV_SWITCH_H
+#define XV_SWITCH_H
+
+#include "snapshot.h"
+
+#define DIRTY_MAX 64u
+
+/* NIC queues that frames were queued on, and that the kernel must be told of. */
+struct dirty {
+	struct xv_nicq *queues[DIRTY_MAX];
+	uint32_t nr;
+};
+
+/* Where a burst comes from. */
+struct origin {
+	uint32_t port;          /* NO_PORT: from a NIC */
+	uint32_t nic;
+	uint32_t hint;          /* queue it came in on: frames of one flow keep to one queue */
+	struct xv_nicq *uplink; /* NULL: none, or the burst came from there */
+	uint64_t *drops;        /* of the sending guest; NULL for a NIC */
+};
+
+/*
+ * Forward a burst by its destination addresses; answers how many views, from the first on, are done with. Fewer than
+ * burst->nr only when all that is left goes to one guest that has no buffers, which `*stalled` then names.
+ */
+uint32_t switch_burst(const struct snapshot *snap, const struct origin *from, struct xv_burst *burst, struct call_ctx *ctx,
+		      struct dirty *dirty, struct xv_vring **stalled);
+/* Forward a burst that XDP has already found to be for one guest. The same answer. */
+uint32_t switch_to_guest(const struct snapshot *snap, uint32_t port, uint32_t hint, const struct xv_view *const *views,
+			 uint32_t n, struct call_ctx *ctx, struct xv_vring **stalled);
+/* Count frames dropped because the guest had no buffers for them. */
+void switch_drop_stalled(struct xv_vring *stalled, uint32_t n);
+
+#endif

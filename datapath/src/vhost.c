@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * A guest's queue pair as a port.
+ *
+ * From the guest: descriptors of a burst are prefetched, read once, translated, and each frame becomes a view of the
+ * guest's own buffers, with its virtio-net header read once into the view. Chains are given back (used) in order once
+ * the burst has been forwarded.
+ *
+ * Towards the guest: nearly every buffer is one writable descriptor with room for header and frame. Runs of those go
+ * through three short loops (translate and prefetch, copy, record); anything else goes one frame at a time through
+ * deliver_slow(), which spreads header and frame over any layout, merges buffers, and finishes a checksum on the way.
+ */
+#include "copy.h"
+#include "csum.h"
+#include "nethdr.h"
+#include "port.h"
+
+/* ---- from the guest ---- */
+
+/*
+ * A chain of several descriptors, an indirect one, or a faulty one: the walk decides, from what the table says now.
+ * False: there is no view of it. It is counted as dropped only if it is the burst's first, for only then it is skipped.
+ */
+static bool view_walk(struct xv_vring *vr, uint16_t head, struct xv_burst *burst, struct xv_view *view)
+{
+	struct xv_seg *segs = &burst->segs[burst->nr_segs];
+	struct virtio_net_hdr_mrg_rxbuf hdr;
+	uint32_t skip = vr->header_len, at = 0, nr;
+	enum xv_drop why;
+	uint64_t bytes;
+	enum chain_result result =
+		vring_chain(vr, head, CHAIN_READ, segs, XV_BURST_SEGS - burst->nr_segs, &nr, &bytes, NULL);
+
+	if (unlikely(result == CHAIN_FAULT))
+		return false;
+	why = XV_DROP_BAD_CHAIN;
+	if (unlikely(result != CHAIN_OK))
+		goto drop;
+	why = XV_DROP_BAD_HEADER;
+	if (unlikely(bytes < skip))
+		goto drop;
+	why = XV_DROP_RUNT;
+	if (unlikely(bytes - skip < ETH_HEADER))
+		goto drop;
+	why = XV_DROP_TOO_BIG;
+	if (unlikely(bytes - skip > NET_MAX_FRAME))
+		goto drop;
+	/* the header may be spread over any number of descriptors (virtio 1.2, 5.1.6, VIRTIO_F_ANY_LAYOUT) */
+	for (uint32_t done = 0; done < skip;) {
+		uint32_t piece = MIN(skip - done, segs[at].len);
+
+		memcpy((uint8_t *)&hdr + done, segs[at].data, piece);
+		done += piece;
+		segs[at].data += piece;
+		segs[at].len -= piece;
+		if (!segs[at].len)
+			at++;
+	}
+	view->first = segs[at];
+	view->more = &segs[at + 1];
+	view->nr_more = (uint16_t)(nr - at - 1);
+	view->len = (uint32_t)(bytes - skip);
+	why = XV_DROP_BAD_HEADER;
+	if (unlikely(!net_header_in(&hdr.hdr, vr->csum, view)))
+		goto drop;
+	burst->nr_segs += nr;
+	return true;
+drop:
+	if (!burst->nr)
+		count(vr->queue->tx.drops[why], 1);
+	return false;
+}
+
+/* The common shape: one readable descriptor, header and frame together in one region. */
+static inline bool view_single(struct xv_vring *vr, const struct vring_desc *desc, struct xv_view *view)
+{
+	const uint32_t skip = vr->header_len;
+	struct virtio_net_hdr hdr;
+	uint32_t got;
+	uint8_t *p;
+
+	if (unlikely(desc->flags & (VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT)))
+		return false;
+	if (unlikely(desc->len < skip + ETH_HEADER || desc->len > skip + NET_MAX_FRAME))
+		return false;
+	p = mem_at(vr->mem, desc->addr, desc->len, &got);
+	if (unlikely(got < desc->len))
+		return false;
+	memcpy(&hdr, p, sizeof(hdr));
+	view->first = (struct xv_seg){p + skip, desc->len - skip};
+	view->nr_more = 0;
+	view->len = desc->len - skip;
+	return likely(net_header_in(&hdr, vr->csum, view));
+}
+
+void guest_rx_burst(struct xv_vring *vr, struct xv_burst *burst, struct burst_chains *chains)
+{
+	uint32_t ready = MIN(vring_avail(vr), XV_BURST);
+	struct vring_desc descs[XV_BURST];
+
+	burst->nr = burst->nr_segs = 0;
+	chains->skipped = 0;
+	for (uint32_t i = 0; i < ready; i++) {
+		chains->head[i] = vring_head(vr, (uint16_t)(vr->last_avail + i));
+		if (unlikely(chains->head[i] >= vr->num)) {
+			vring_fault(vr, XV_FAULT_HEAD, chains->head[i]);
+			ready = i;
+			break;
+		}
+		prefetch(&vr->desc[chains->head[i]]);
+	}
+	for (uint32_t i = 0; i < ready; i++) {
+		uint32_t got;
+
+		descs[i] = desc_read(&vr->desc[chains->head[i]]);
+		prefetch(mem_at(vr->mem, descs[i].addr, 1, &got));
+	}
+	for (uint32_t i = 0; i < ready; i++) {
+		struct xv_view *view = &burst->views[burst->nr];
+
+		if (unlikely(!view_single(vr, &descs[i], view)) && !view_walk(vr, chains->head[i], burst, view)) {
+			/* dropped, faulted, or no room for its segments: a later burst's business, unless this one is empty */
+			if (burst->nr || guest_faulted(vr->guest))
+				break;
+			chains->skipped++;
+			continue;
+		}
+		burst->nr++;
+	}
+}
+
+void guest_rx_release(struct xv_vring *vr, const struct xv_burst *burst, const struct burst_chains *chains, uint32_t n,
+		      struct call_ctx *ctx)
+{
+	struct xv_tx_counters *counters = &vr->queue->tx;
+	uint64_t bytes = 0;
+
+	for (uint32_t i = 0; i < chains->skipped + n; i++)
+		vring_use(vr, chains->head[i], 0);
+	for (uint32_t i = 0; i < n; i++)
+		bytes += burst->views[i].len;
+	vr->last_avail = (uint16_t)(vr->last_avail + chains->skipped + n);
+	count(counters->packets, n + chains->skipped);
+	count(counters->bytes, bytes);
+	if (vring_publish(vr))
+		vring_call(vr, &counters->calls, &counters->calls_failed, &ctx->calling);
+}
+
+/* ---- towards the guest ---- */
+
+static inline void write_plain_header(uint8_t *to, uint32_t header_len, const struct xv_view *view)
+{
+	struct virtio_net_hdr_mrg_rxbuf hdr = {.num_buffers = 1};
+
+	net_header_out(&hdr.hdr, view);
+	if (likely(header_len == sizeof(hdr)))
+		memcpy(to, &hdr, sizeof(hdr));
+	else
+		memcpy(to, &hdr.hdr, sizeof(hdr.hdr));
+}
+
+/* Writes a stream of bytes over the guest's segments. */
+struct writer {
+	const struct xv_seg *segs;
+	uint32_t at, offset;
+};
+
+static void put(struct writer *w, const uint8_t *from, uint32_t len, struct csum *csum)
+{
+	while (len) {
+		uint32_t piece = MIN(len, w->segs[w->at].len - w->offset);
+		uint8_t *to = w->segs[w->at].data + w->offset;
+
+		if (csum)
+			csum_add(csum, csum_copy(to, from, piece), piece);
+		else
+			memcpy(to, from, piece);
+		from += piece;
+		len -= piece;
+		w->offset += piece;
+		if (w->offset == w->segs[w->at].len) {
+			w->at++;
+			w->offset = 0;
+		}
+	}
+}
+
+/* Copy the frame; with `finish`, sum it from csum_start on and put the checksum where it belongs. */
+static void put_frame(struct writer *w, const struct xv_view *view, bool finish)
+{
+	struct writer frame = *w;
+	struct csum csum = {0, false};
+	uint32_t done = 0, start = finish ? view->csum_start : view->len;
+
+	for (uint32_t i = 0; i <= view->nr_more; i++) {
+		const struct xv_seg *seg = i ? &view->more[i - 1] : &view->first;
+		uint32_t plain = start > done ? MIN(start - done, seg->len) : 0;
+
+		put(w, seg->data, plain, NULL);
+		put(w, seg->data + plain, seg->len - plain, &csum);
+		done += seg->len;
+	}
+	if (finish) {
+		uint16_t sum = net_csum_finish(csum.sum);
+		uint32_t skip = view->csum_start + view->csum_offset;
+
+		while (skip >= frame.segs[frame.at].len - frame.offset) {
+			skip -= frame.segs[frame.at].len - frame.offset;
+			frame.at++;
+			frame.offset = 0;
+		}
+		frame.offset += skip;
+		put(&frame, (const uint8_t *)&sum, sizeof(sum), NULL);
+	}
+}
+
+#define MERGE_MAX 256u /* buffers and segments for one frame towards a guest */
+
+enum delivery { DELIVERED, DROPPED, NO_BUFFERS };
+
+/* One frame into any layout of buffers. Nothing is consumed unless it is delivered. */
+static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *view, uint32_t avail)
+{
+	const uint64_t need = (uint64_t)vr->header_len + view->len;
+	const bool finish = view->flags & VIEW_NEEDS_CSUM && !vr->guest_csum;
+	struct virtio_net_hdr_mrg_rxbuf hdr = {0};
+	struct xv_seg segs[MERGE_MAX];
+	uint16_t heads[MERGE_MAX];
+	uint32_t room[MERGE_MAX], nr_segs = 0, buffers = 0;
+	uint64_t have = 0;
+
+	do {
+		uint32_t nr;
+		uint64_t bytes;
+		enum chain_result result;
+
+		if (buffers == avail)
+			return NO_BUFFERS;
+		if (buffers == MERGE_MAX)
+			goto too_big;
+		heads[buffers] = vring_head(vr, (uint16_t)(vr->last_avail + buffers));
+		result = vring_chain(vr, heads[buffers], CHAIN_WRITE, segs + nr_segs, MERGE_MAX - nr_segs, &nr, &bytes, NULL);
+		if (result == CHAIN_TOO_LONG && have + bytes < need)
+			goto too_big;
+		if (result == CHAIN_WRONG_WAY || (result == CHAIN_OK && !bytes))
+			vring_fault(vr, XV_FAULT_CHAIN, heads[buffers]);
+		if (guest_faulted(vr->guest))
+			return NO_BUFFERS;
+		nr_segs += nr;
+		room[buffers] = (uint32_t)MIN(bytes, need - have);
+		have += room[buffers];
+		buffers++;
+	} while (have < need && vr->mergeable);
+	if (have < need)
+		goto too_big;
+
+	struct writer w = {segs, 0, 0};
+
+	if (!finish)
+		net_header_out(&hdr.hdr, view);
+	hdr.num_buffers = (uint16_t)buffers;
+	put(&w, (const uint8_t *)&hdr, vr->header_len, NULL);
+	put_frame(&w, view, finish);
+	for (uint32_t i = 0; i < buffers; i++)
+		vring_use(vr, heads[i], room[i]);
+	vr->last_avail = (uint16_t)(vr->last_avail + buffers);
+	if (finish)
+		count(vr->queue->rx.csum_finished, 1);
+	return DELIVERED;
+
+too_big:
+	count(vr->queue->rx.drops[XV_DROP_TOO_BIG], 1);
+	return DROPPED;
+}
+
+struct place {
+	uint8_t *to;
+	uint16_t head;
+};
+
+/* How many of the next buffers are plain enough for views[0..n): one writable descriptor that holds header and frame. */
+static uint32_t find_places(struct xv_vring *vr, const struct xv_view *const *views, uint32_t n, struct place *places)
+{
+	for (uint32_t i = 0; i < n; i++) {
+		places[i].head = vring_head(vr, (uint16_t)(vr->last_avail + i));
+		if (unlikely(places[i].head >= vr->num)) {
+			n = i; /* deliver_slow() faults it */
+			break;
+		}
+		prefetch(&vr->desc[places[i].head]);
+	}
+	for (uint32_t i = 0; i < n; i++) {
+		const struct vring_desc desc = desc_read(&vr->desc[places[i].head]);
+		const uint32_t need = vr->header_len + views[i]->len;
+		uint32_t got;
+
+		if (unlikely(desc.flags != VRING_DESC_F_WRITE || desc.len < need))
+			return i;
+		if (unlikely(views[i]->flags & VIEW_NEEDS_CSUM && !vr->guest_csum))
+			return i;
+		places[i].to = mem_at(vr->mem, desc.addr, need, &got);
+		if (unlikely(got < need))
+			return i;
+		prefetch_write(places[i].to);
+		prefetch_write(places[i].to + 64);
+	}
+	return n;
+}
+
+uint32_t guest_tx_burst(struct xv_vring *vr, const struct xv_view *const *views, uint32_t n, struct call_ctx *ctx)
+{
+	struct xv_rx_counters *counters = &vr->queue->rx;
+	const uint32_t header_len = vr->header_len;
+	uint64_t packets = 0, bytes = 0, partial = 0;
+	uint16_t before;
+	uint32_t done = 0;
+	bool call = false;
+
+	spin_lock(&vr->queue->rx_lock);
+	before = vr->used_idx;
+	while (done < n) {
+		struct place places[XV_BURST];
+		uint32_t avail = vring_avail(vr);
+		uint32_t plain;
+
+		if (!avail)
+			break;
+		plain = find_places(vr, views + done, MIN(MIN(avail, n - done), XV_BURST), places);
+		for (uint32_t i = 0; i < plain; i++) {
+			const struct xv_view *view = views[done + i];
+			uint8_t *to = places[i].to + header_len;
+
+			write_plain_header(places[i].to, header_len, view);
+			xv_copy(to, view->first.data, view->first.len);
+			to += view->first.len;
+			for (uint32_t j = 0; unlikely(j < view->nr_more); j++) {
+				xv_copy(to, view->more[j].data, view->more[j].len);
+				to += view->more[j].len;
+			}
+			vring_use(vr, places[i].head, header_len + view->len);
+			packets++;
+			bytes += view->len;
+			partial += view->flags & VIEW_NEEDS_CSUM;
+		}
+		vr->last_avail = (uint16_t)(vr->last_avail + plain);
+		avail -= plain;
+		done += plain;
+		if (done < n && avail) {
+			enum delivery result = deliver_slow(vr, views[done], avail);
+
+			if (result == NO_BUFFERS)
+				break;
+			if (result == DELIVERED) {
+				packets++;
+				bytes += views[done]->len;
+				partial += views[done]->flags & VIEW_NEEDS_CSUM && vr->guest_csum;
+			}
+			done++;
+		}
+	}
+	if (vr->used_idx != before) {
+		count(counters->packets, packets);
+		count(counters->bytes, bytes);
+		count(counters->copied_bytes, bytes);
+		count(counters->csum_partial, partial);
+		call = vring_publish(vr);
+	}
+	spin_unlock(&vr->queue->rx_lock);
+	if (call)
+		vring_call(vr, &counters->calls, &counters->calls_failed, &ctx->calling);
+	return done;
+}

@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A view: a frame where it lies, in UMEM or in the sending guest's memory, with the offload facts of its header.
+ *
+ * Views live for one turn of a worker. Whoever made a burst of them (an AF_XDP queue, a guest's transmit ring, the
+ * packet socket) gives the frames back when the burst has been forwarded; until then the bytes stay where they are.
+ * A view of guest memory may change under us at any moment: lengths and pointers are ours and checked, bytes are not.
+ */
+#ifndef XV_VIEW_H
+#define XV_VIEW_H
+
+#include "base.h"
+
+#define XV_BURST_SEGS 1024u /* segments beyond the first, for all frames of a burst */
+
+struct xv_seg {
+	uint8_t *data;
+	uint32_t len;
+};
+
+#define VIEW_NEEDS_CSUM 1u /* the checksum at csum_start + csum_offset holds only the pseudo-header's sum */
+
+struct xv_view {
+	struct xv_seg first;
+	const struct xv_seg *more; /* nr_more segments that follow */
+	uint32_t len;              /* of the whole frame, from the Ethernet header on */
+	uint16_t nr_more;
+	uint16_t csum_start, csum_offset; /* from the Ethernet header; only with VIEW_NEEDS_CSUM */
+	uint8_t flags;
+	uint32_t to; /* destination, by the switch */
+};
+
+struct xv_burst {
+	struct xv_view views[XV_BURST];
+	struct xv_seg segs[XV_BURST_SEGS];
+	uint32_t nr, nr_segs;
+};
+
+/* Copy up to `len` of the frame's leading bytes to `to`; returns how many there were. */
+static inline uint32_t view_peek(const struct xv_view *view, void *to, uint32_t len)
+{
+	uint8_t *d = to;
+	uint32_t done = MIN(len, view->first.len);
+
+	memcpy(d, view->first.data, done);
+	for (uint32_t i = 0; unlikely(done < len) && i < view->nr_more; i++) {
+		uint32_t piece = MIN(len - done, view->more[i].len);
+
+		memcpy(d + done, view->more[i].data, piece);
+		done += piece;
+	}
+	return done;
+}
+
+#endif

@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * A worker: poll what the snapshot gives it to do, forward, and sleep when there is nothing.
+ *
+ * A turn visits every source once, a burst each, so that no port waits for more than a burst of every other. Frames
+ * for a NIC are handed to the kernel at the end of the turn.
+ *
+ * Going to sleep: ask every ring for notifications (arm), drop events that are already stale, look at every ring once
+ * more, then block in epoll_wait. A frame that comes after the look raises an event; one that came before is seen.
+ *
+ * Waiting for buffers: frames from a NIC may wait in the guest's own socket (`keep`, then the oldest are dropped).
+ * Frames from another guest may wait in the sender's ring, but only for as long as the sender has patience: an eighth
+ * of the time, a millisecond at once. So a guest that stops reading costs those who send to it next to nothing.
+ */
+#include <errno.h>
+#include <signal.h>
+#include <sys/epoll.h>
+
+#include "ctrlq.h"
+#include "dp.h"
+#include "nethdr.h"
+
+#define MCAST_EVERY_US 20u
+#define PATIENCE_US 1000u
+#define PATIENCE_SHARE 8u
+#define EVENTS 64
+#define RARP_BYTES 60u
+
+/* ---- one source, one burst; true when there was work ---- */
+
+static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct xsk_source *source)
+{
+	struct xv_xsk *xsk = source->xsk;
+	const struct xv_view *views[XV_BURST];
+	struct xv_vring *stalled = NULL;
+	uint32_t backlog = xsk_backlog(xsk), done;
+
+	if (!backlog)
+		return false;
+	if (unlikely(xsk->stalled_on && vring_usable(xsk->stalled_on) && !vring_has_buffers(xsk->stalled_on))) {
+		w->stalls = true;
+		if (backlog <= xsk->keep)
+			return false;
+		switch_drop_stalled(xsk->stalled_on, backlog - xsk->keep);
+		xsk_rx_release(xsk, backlog - xsk->keep);
+		return true;
+	}
+	xsk_rx_burst(xsk, &w->burst);
+	for (uint32_t i = 0; i < w->burst.nr; i++)
+		views[i] = &w->burst.views[i];
+	done = switch_to_guest(snap, source->port, source->hint, views, w->burst.nr, &w->calls, &stalled);
+	xsk->stalled_on = stalled;
+	w->stalls |= !!stalled;
+	xsk_rx_release(xsk, done);
+	count(w->counters.packets, done);
+	return done;
+}
+
+/* Cycles that the ring may still wait for a receiver; `waiting`: it has waited since the last call. */
+static uint64_t patience(const struct worker *w, struct xv_vring *vr, bool waiting)
+{
+	uint64_t now = cycles_now(), passed = now - vr->patience_at, most = PATIENCE_US * w->dp->cycles_per_us;
+
+	vr->patience_at = now;
+	if (waiting) {
+		vr->patience -= MIN(vr->patience, passed);
+	} else {
+		passed = MIN(passed / PATIENCE_SHARE, most);
+		vr->patience = MIN(vr->patience + passed, most);
+	}
+	return vr->patience;
+}
+
+static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct tx_source *source)
+{
+	struct xv_vring *vr = source->vring, *stalled = NULL, *was = vr->stalled_on;
+	uint32_t done;
+
+	if (guest_faulted(vr->guest))
+		return false;
+	if (unlikely(was && vring_usable(was) && !vring_has_buffers(was)) && patience(w, vr, true)) {
+		w->stalls = true;
+		return false;
+	}
+	guest_rx_burst(vr, &w->burst, &w->chains);
+	if (!(w->burst.nr + w->chains.skipped))
+		return false;
+	done = w->burst.nr;
+	if (unlikely(!load_once(&vr->enabled))) {
+		/* disabled transmit rings are emptied, not stopped (vhost-user, "Ring states") */
+		count(vr->queue->tx.drops[XV_DROP_DISABLED], done);
+	} else {
+		const struct origin from = {source->port, snap->ports[source->port].nic, source->pair, source->uplink,
+					    vr->queue->tx.drops};
+
+		done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
+	}
+	if (unlikely(stalled && !patience(w, vr, was != NULL))) {
+		switch_drop_stalled(stalled, w->burst.nr - done);
+		done = w->burst.nr;
+		stalled = NULL;
+	}
+	vr->stalled_on = stalled;
+	w->stalls |= !!stalled;
+	if (!(done + w->chains.skipped))
+		return false;
+	guest_rx_release(vr, &w->burst, &w->chains, done, &w->calls);
+	count(w->counters.packets, done);
+	return true;
+}
+
+static bool poll_ctrl(struct worker *w, const struct ctrl_source *source)
+{
+	return !guest_faulted(source->vring->guest) &&
+	       ctrlq_poll(source->vring, source->features, source->max_pairs, &w->calls);
+}
+
+static bool poll_mcast(struct worker *w, const struct snapshot *snap, const struct mcast_source *source)
+{
+	const struct origin from = {.port = NO_PORT, .nic = source->nic};
+	struct xv_vring *stalled;
+	uint32_t done;
+
+	mcast_rx_burst(source->mcast, &w->burst);
+	if (!w->burst.nr)
+		return false;
+	done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
+	if (stalled)
+		switch_drop_stalled(stalled, w->burst.nr - done);
+	count(w->counters.packets, w->burst.nr);
+	return true;
+}
+
+/* ---- announcements ---- */
+
+/* A RARP "request reverse" from and for `mac` (RFC 903), as a guest sends it after migration. */
+static void make_rarp(uint8_t frame[RARP_BYTES], const uint8_t *mac)
+{
+	static const uint8_t fixed[] = {0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3};
+
+	memset(frame, 0, RARP_BYTES);
+	memset(frame, 0xff, 6);
+	memcpy(frame + 6, mac, 6);
+	memcpy(frame + 12, fixed, sizeof(fixed));
+	memcpy(frame + 22, mac, 6);
+	memcpy(frame + 32, mac, 6);
+}
+
+static void announce(struct worker *w, const struct snapshot *snap, const struct tx_source *source)
+{
+	struct xv_guest *guest = snap->ports[source->port].guest;
+	const struct origin from = {source->port, snap->ports[source->port].nic, 0, source->uplink,
+				    source->vring->queue->tx.drops};
+	uint64_t asked = __atomic_exchange_n(&guest->announce, 0, __ATOMIC_ACQ_REL);
+	uint8_t frame[RARP_BYTES];
+	struct xv_vring *stalled;
+
+	if (!asked)
+		return;
+	make_rarp(frame, (const uint8_t *)&asked);
+	w->burst.views[0] = (struct xv_view){.first = {frame, RARP_BYTES}, .len = RARP_BYTES};
+	w->burst.nr = 1;
+	switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
+}
+
+static void serve_requests(struct worker *w, const struct snapshot *snap)
+{
+	const struct duty *duty = &snap->duties[w->index];
+	uint32_t requests = load_acquire(&w->dp->requests);
+
+	if (likely(requests == w->requests_seen))
+		return;
+	w->requests_seen = requests;
+	for (uint32_t i = 0; i < duty->nr_tx; i++)
+		if (!duty->tx[i].pair)
+			announce(w, snap, &duty->tx[i]);
+}
+
+/* ---- a turn ---- */
+
+/* Hand what was queued to the kernel; keep the queues that it did not take all of. */
+static void flush(struct worker *w)
+{
+	uint32_t kept = 0;
+
+	for (uint32_t i = 0; i < w->dirty.nr; i++)
+		if (!nicq_tx_flush(w->dirty.queues[i]))
+			w->dirty.queues[kept++] = w->dirty.queues[i];
+	w->dirty.nr = kept;
+}
+
+static bool turn(struct worker *w, const struct snapshot *snap, bool all)
+{
+	const struct duty *duty = &snap->duties[w->index];
+	uint64_t start = cycles_now();
+	bool busy = false;
+
+	w->stalls = false;
+	serve_requests(w, snap);
+	for (uint32_t i = 0; i < duty->nr_xsk; i++)
+		busy |= poll_xsk(w, snap, &duty->xsk[i]);
+	for (uint32_t i = 0; i < duty->nr_tx; i++)
+		busy |= poll_tx(w, snap, &duty->tx[i]);
+	for (uint32_t i = 0; i < duty->nr_ctrl; i++)
+		busy |= poll_ctrl(w, &duty->ctrl[i]);
+	/* a system call even when there is nothing: not in every turn */
+	if (unlikely(all || start >= w->mcast_due)) {
+		w->mcast_due = start + MCAST_EVERY_US * w->dp->cycles_per_us;
+		for (uint32_t i = 0; i < duty->nr_mcast; i++)
+			busy |= poll_mcast(w, snap, &duty->mcast[i]);
+	}
+	if (w->dirty.nr)
+		flush(w);
+	if (busy) {
+		count(w->counters.polls_busy, 1);
+		w->last_work = cycles_now();
+		count(w->counters.cycles_busy, w->last_work - start);
+	} else {
+		count(w->counters.polls_idle, 1);
+	}
+	count(w->counters.heartbeat, 1);
+	return busy;
+}
+
+/* ---- sleep ---- */
+
+static void count_events(const struct epoll_event *events, int n)
+{
+	for (int i = 0; i < n; i++) {
+		const struct source *source = events[i].data.ptr;
+
+		if (source && source->events)
+			__atomic_fetch_add(source->events, 1u, __ATOMIC_RELAXED);
+	}
+}
+
+static void arm(const struct duty *duty)
+{
+	for (uint32_t i = 0; i < duty->nr_tx; i++) {
+		vring_arm(duty->tx[i].vring);
+		if (duty->tx[i].vring->stalled_on)
+			vring_arm(duty->tx[i].vring->stalled_on);
+	}
+	for (uint32_t i = 0; i < duty->nr_ctrl; i++)
+		vring_arm(duty->ctrl[i].vring);
+	for (uint32_t i = 0; i < duty->nr_xsk; i++)
+		if (duty->xsk[i].xsk->stalled_on)
+			vring_arm(duty->xsk[i].xsk->stalled_on);
+	/* pairs with the driver's barrier between moving avail.idx and reading flags or avail_event (virtio 1.2, 2.7.13.4) */
+	full_barrier();
+}
+
+static void disarm(const struct duty *duty)
+{
+	for (uint32_t i = 0; i < duty->nr_tx; i++) {
+		vring_disarm(duty->tx[i].vring);
+		if (duty->tx[i].vring->stalled_on)
+			vring_disarm(duty->tx[i].vring->stalled_on);
+	}
+	for (uint32_t i = 0; i < duty->nr_xsk; i++)
+		if (duty->xsk[i].xsk->stalled_on)
+			vring_disarm(duty->xsk[i].xsk->stalled_on);
+}
+
+/* Milliseconds to sleep at most; -1: until something happens. */
+static int longest_sleep(const struct worker *w)
+{
+	int timeout = w->stalls ? 1 : -1;
+
+	for (uint32_t i = 0; i < w->dirty.nr; i++)
+		if (timeout < 0 || w->dirty.queues[i]->stuck < 100)
+			timeout = w->dirty.queues[i]->stuck < 100 ? 1 : 100; /* the device may be down for good */
+	return timeout;
+}
+
+static void sleep_until_work(struct worker *w, const struct snapshot *snap)
+{
+	const struct duty *duty = &snap->duties[w->index];
+	struct epoll_event events[EVENTS];
+	int n;
+
+	arm(duty);
+	count_events(events, epoll_wait(w->epfd, events, EVENTS, 0));
+	if (!turn(w, snap, true) && !load_acquire(&w->dp->stopping)) {
+		count(w->counters.sleeps, 1);
+		__atomic_store_n(&w->parked, true, __ATOMIC_SEQ_CST);
+		/* a snapshot published before `parked` was seen is found here; one published after it, by the wake-up */
+		if (__atomic_load_n(&w->dp->snap, __ATOMIC_SEQ_CST) == snap)
+			n = epoll_wait(w->epfd, events, EVENTS, longest_sleep(w));
+		else
+			n = 0;
+		__atomic_store_n(&w->parked, false, __ATOMIC_SEQ_CST);
+		/* while parked the snapshot may have gone, and with it what the events and `duty` point to */
+		if (__atomic_load_n(&w->dp->snap, __ATOMIC_SEQ_CST) != snap)
+			return;
+		count(w->counters.wakeups, n > 0);
+		count_events(events, n);
+		w->last_work = cycles_now(); /* whatever woke it is worth a look for spin_us */
+	}
+	disarm(duty);
+}
+
+/* ---- the loop ---- */
+
+/* Pointers into the old snapshot are forgotten; what is left of the old one's work is found again. */
+static void adopt(struct worker *w, const struct snapshot *snap)
+{
+	const struct duty *duty = &snap->duties[w->index];
+
+	for (uint32_t i = 0; i < duty->nr_tx; i++)
+		duty->tx[i].vring->stalled_on = NULL;
+	for (uint32_t i = 0; i < duty->nr_xsk; i++)
+		duty->xsk[i].xsk->stalled_on = NULL;
+	w->dirty.nr = 0;
+	for (uint32_t i = 0; i < snap->nr_nics; i++)
+		for (uint32_t q = w->index; q < snap->nics[i].nr_queues; q += snap->nr_workers)
+			if (w->dirty.nr < DIRTY_MAX)
+				w->dirty.queues[w->dirty.nr++] = snap->nics[i].queues[q];
+	disarm(duty);
+}
+
+int xv_worker_run(struct xv_dp *dp, uint32_t index)
+{
+	const struct snapshot *snap = NULL;
+	struct worker *w;
+	uint64_t spin;
+	sigset_t pipe;
+
+	if (index >= dp->conf.workers)
+		return -EINVAL;
+	w = &dp->workers[index];
+	if (w->running)
+		return -EBUSY;
+	sigemptyset(&pipe);
+	sigaddset(&pipe, SIGPIPE); /* a call descriptor may be a pipe whose reader has gone */
+	pthread_sigmask(SIG_BLOCK, &pipe, NULL);
+	spin = dp->conf.poll == XV_POLL_ADAPTIVE ? dp->conf.spin_us * dp->cycles_per_us : 0;
+	w->thread = pthread_self();
+	w->last_work = cycles_now();
+	__atomic_store_n(&w->running, true, __ATOMIC_SEQ_CST);
+	while (!load_acquire(&dp->stopping)) {
+		uint64_t epoch = __atomic_load_n(&dp->epoch, __ATOMIC_SEQ_CST);
+		const struct snapshot *now = __atomic_load_n(&dp->snap, __ATOMIC_SEQ_CST);
+
+		/* from here on only `now` is used, so control may count on it: it was loaded after the epoch */
+		if (unlikely(now != snap)) {
+			snap = now;
+			adopt(w, snap);
+		}
+		__atomic_store_n(&w->seen, epoch, __ATOMIC_RELEASE);
+		if (turn(w, snap, false) || dp->conf.poll == XV_POLL_BUSY)
+			continue;
+		if (cycles_now() - w->last_work >= spin)
+			sleep_until_work(w, snap);
+		else
+			cpu_relax();
+	}
+	flush(w);
+	__atomic_store_n(&w->running, false, __ATOMIC_SEQ_CST);
+	return 0;
+}

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/vhost-user.md is what the code does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xdpvhost.vhost.backend import TABLE, UNSUPPORTED
+from xdpvhost.vhost.doc import refreshed
+from xdpvhost.vhost.wire import Request
+
+DOC = Path(__file__).parents[2] / "docs" / "vhost-user.md"
+
+
+def test_every_request_is_served_or_has_a_reason() -> None:
+    assert set(TABLE) | set(UNSUPPORTED) == set(Request)
+    assert not set(TABLE) & set(UNSUPPORTED)
+    assert [request.value for request in Request] == list(range(1, 45))
+
+
+def test_table_in_docs_is_up_to_date() -> None:
+    text = DOC.read_text()
+    assert refreshed(text) == text, "run `python3 -m xdpvhost.vhost.doc --write docs/vhost-user.md`"

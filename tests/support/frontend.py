@@ -1,0 +1,517 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vhost-user front-end in Python: real socket, real shared memory, a split-virtqueue driver that tells the truth.
+
+`FrontEnd` speaks the protocol, also wrongly when asked to: `send_raw` sends any bytes with any descriptors. `Queue` is
+the driver's side of a split virtqueue (virtio 1.2, 2.7), with the raw pokes that hostile tests need. `NetDevice` puts
+both together: it brings a device up in the order of QEMU, User-Mode Linux or DPDK, posts buffers, sends and receives.
+Everything is synchronous with a deadline, so it works against an endpoint in another thread and against a daemon.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import mmap
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from xdpvhost.vhost.wire import Request
+
+DEADLINE = 5.0
+
+F_CSUM = 1 << 0
+F_GUEST_CSUM = 1 << 1
+F_MAC = 1 << 5
+F_GUEST_TSO4 = 1 << 7
+F_GUEST_TSO6 = 1 << 8
+F_HOST_TSO4 = 1 << 11
+F_HOST_TSO6 = 1 << 12
+F_MRG_RXBUF = 1 << 15
+F_CTRL_VQ = 1 << 17
+F_MQ = 1 << 22
+F_INDIRECT = 1 << 28
+F_EVENT_IDX = 1 << 29
+F_PROTOCOL = 1 << 30
+F_VERSION_1 = 1 << 32
+
+P_MQ = 1 << 0
+P_REPLY_ACK = 1 << 3
+P_CONFIG = 1 << 9
+P_MEM_SLOTS = 1 << 15
+P_STATUS = 1 << 16
+
+DESC_NEXT, DESC_WRITE, DESC_INDIRECT = 1, 2, 4
+NO_INTERRUPT = 1  # avail.flags
+NO_NOTIFY = 1  # used.flags
+NO_FD = 0x100
+FLAGS = 1
+REPLY = 4
+NEED_REPLY = 8
+
+
+class Disconnected(AssertionError):
+    """The back-end closed the connection."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A memory region as the front-end announces it."""
+
+    gpa: int
+    size: int
+    user_addr: int
+    offset: int
+
+    def pack(self) -> bytes:
+        return struct.pack("=QQQQ", self.gpa, self.size, self.user_addr, self.offset)
+
+
+class GuestMemory:
+    """Shared memory in a memfd, as one region or more, with a bump allocator. Addresses are guest physical."""
+
+    def __init__(self, size: int = 4 << 20, gpa: int = 0x4000_0000, user_addr: int = 0x7E00_0000_0000) -> None:
+        self.size = size
+        self.gpa = gpa
+        self.user_base = user_addr
+        self.fd = os.memfd_create("guest", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, size)
+        self.map = mmap.mmap(self.fd, size)
+        self._next = 0
+
+    @property
+    def slots(self) -> list[Slot]:
+        return [Slot(self.gpa, self.size, self.user_base, 0)]
+
+    def split(self, *cuts: int) -> list[Slot]:
+        """The same memory as several adjacent regions, cut at these offsets."""
+        edges = [0, *cuts, self.size]
+        return [
+            Slot(self.gpa + start, end - start, self.user_base + start, start)
+            for start, end in pairwise(edges)
+        ]
+
+    def alloc(self, size: int, align: int = 16) -> int:
+        start = -(-self._next // align) * align
+        if start + size > self.size:
+            raise MemoryError("guest memory is used up")
+        self._next = start + size
+        return self.gpa + start
+
+    def user(self, gpa: int) -> int:
+        return self.user_base + gpa - self.gpa
+
+    def write(self, gpa: int, data: bytes) -> None:
+        at = gpa - self.gpa
+        self.map[at : at + len(data)] = data
+
+    def read(self, gpa: int, size: int) -> bytes:
+        at = gpa - self.gpa
+        return self.map[at : at + size]
+
+    def u16(self, gpa: int) -> int:
+        return int(struct.unpack_from("<H", self.map, gpa - self.gpa)[0])
+
+    def set_u16(self, gpa: int, value: int) -> None:
+        struct.pack_into("<H", self.map, gpa - self.gpa, value & 0xFFFF)
+
+    def close(self) -> None:
+        self.map.close()
+        os.close(self.fd)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One element of a descriptor chain."""
+
+    gpa: int
+    size: int
+    writable: bool = False
+
+
+class Queue:
+    """The driver's side of a split virtqueue."""
+
+    def __init__(self, memory: GuestMemory, size: int = 256, event_idx: bool = False) -> None:
+        self.memory = memory
+        self.size = size
+        self.event_idx = event_idx
+        self.desc = memory.alloc(16 * size, 4096)
+        self.avail = memory.alloc(6 + 2 * size, 2)
+        self.used = memory.alloc(6 + 8 * size, 4096)
+        self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.avail_idx = 0
+        self.used_idx = 0
+        self.chains: dict[int, tuple[list[int], list[Buffer]]] = {}
+        self._free = list(range(size))
+        self._fence = threading.Lock()
+        memory.write(self.desc, bytes(16 * size))
+        memory.write(self.avail, bytes(6 + 2 * size))
+        memory.write(self.used, bytes(6 + 8 * size))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def write_desc(self, index: int, addr: int, length: int, flags: int, following: int, table: int = 0) -> None:
+        self.memory.write((table or self.desc) + 16 * index, struct.pack("<QIHH", addr, length, flags, following))
+
+    def push(self, head: int) -> None:
+        """Puts a head into the avail ring, without publishing it."""
+        self.memory.set_u16(self.avail + 4 + 2 * (self.avail_idx % self.size), head)
+        self.avail_idx = (self.avail_idx + 1) & 0xFFFF
+
+    def publish(self, kick: bool = True) -> None:
+        old = self.memory.u16(self.avail + 2)
+        self.memory.set_u16(self.avail + 2, self.avail_idx)
+        if kick and self.wants_kick(old):
+            self.kick()
+
+    def wants_kick(self, old: int) -> bool:
+        with self._fence:  # a full barrier between writing avail.idx and reading the device's wish
+            pass
+        if self.event_idx:
+            event = self.memory.u16(self.used + 4 + 8 * self.size)
+            return (self.avail_idx - event - 1) & 0xFFFF < (self.avail_idx - old) & 0xFFFF
+        return not self.memory.u16(self.used) & NO_NOTIFY
+
+    def kick(self) -> None:
+        os.eventfd_write(self.kick_fd, 1)
+
+    def add(self, chain: Sequence[Buffer], indirect: bool = False, publish: bool = True) -> int:
+        """Makes a chain available; its head."""
+        needed = 1 if indirect else len(chain)
+        taken = [self._free.pop(0) for _ in range(needed)]
+        if indirect:
+            table = self.memory.alloc(16 * len(chain))
+            self._link(chain, list(range(len(chain))), table)
+            self.write_desc(taken[0], table, 16 * len(chain), DESC_INDIRECT, 0)
+        else:
+            self._link(chain, taken, 0)
+        self.chains[taken[0]] = taken, list(chain)
+        self.push(taken[0])
+        if publish:
+            self.publish()
+        return taken[0]
+
+    def _link(self, chain: Sequence[Buffer], slots: Sequence[int], table: int) -> None:
+        for at, (slot, buffer) in enumerate(zip(slots, chain, strict=True)):
+            last = at == len(chain) - 1
+            flags = (DESC_WRITE if buffer.writable else 0) | (0 if last else DESC_NEXT)
+            self.write_desc(slot, buffer.gpa, buffer.size, flags, 0 if last else slots[at + 1], table)
+
+    def reap(self) -> Iterator[tuple[list[Buffer], int]]:
+        """Used chains, oldest first: their buffers and the bytes that the device wrote."""
+        while self.used_idx != self.memory.u16(self.used + 2):
+            at = self.used + 4 + 8 * (self.used_idx % self.size)
+            head, written = struct.unpack("<II", self.memory.read(at, 8))
+            self.used_idx = (self.used_idx + 1) & 0xFFFF
+            if self.event_idx:
+                self.memory.set_u16(self.avail + 4 + 2 * self.size, self.used_idx)
+            slots, buffers = self.chains.pop(head)
+            self._free.extend(slots)
+            yield buffers, written
+
+    def interrupts(self, timeout: float = 0) -> int:
+        """How often the device called since the last time, after waiting up to `timeout` seconds for the first."""
+        poll = select.poll()
+        poll.register(self.call_fd, select.POLLIN)
+        return os.eventfd_read(self.call_fd) if poll.poll(timeout * 1000) else 0
+
+    def close(self) -> None:
+        os.close(self.kick_fd)
+        os.close(self.call_fd)
+
+
+class FrontEnd:
+    """One connection to a back-end."""
+
+    def __init__(self, sock: socket.socket, deadline: float = DEADLINE) -> None:
+        sock.settimeout(deadline)
+        self.sock = sock
+        self.protocol_features = 0
+        self.features = 0
+
+    @classmethod
+    def connect(cls, path: Path, deadline: float = DEADLINE) -> Self:
+        """Connects to a back-end that listens, waiting for it to come up."""
+        end = time.monotonic() + deadline
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            try:
+                sock.connect(str(path))
+                return cls(sock, deadline)
+            except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+                sock.close()
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _t: type[BaseException] | None, _e: BaseException | None, _tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.sock.close()
+
+    # ---- messages ----
+
+    def send_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        sent = self.sock.sendmsg([data], control, socket.MSG_NOSIGNAL)
+        if sent < len(data):
+            self.sock.sendall(data[sent:])
+
+    def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = FLAGS) -> None:
+        self.send_raw(struct.pack("=III", request, flags, len(payload)) + payload, fds)
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            try:
+                more = self.sock.recv(size - len(data))
+            except ConnectionResetError:
+                more = b""
+            if not more:
+                raise Disconnected("the back-end closed the connection")
+            data += more
+        return data
+
+    def receive(self) -> tuple[int, int, bytes]:
+        """The next message: request, flags, payload. Raises Disconnected."""
+        request, flags, size = struct.unpack("=III", self._exactly(12))
+        return request, flags, self._exactly(size)
+
+    def ask(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = FLAGS) -> bytes:
+        """Sends a request that has its own reply; the reply's payload."""
+        self.send(request, payload, fds, flags)
+        answered, reply_flags, body = self.receive()
+        assert (answered, reply_flags) == (request, FLAGS | REPLY), f"reply {answered}, flags {reply_flags:#x}"
+        return body
+
+    def ask_u64(self, request: int) -> int:
+        return int(struct.unpack("=Q", self.ask(request))[0])
+
+    def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), expect: int = 0) -> None:
+        """Sends a request without a reply of its own, and waits for its acknowledgement if that was negotiated."""
+        if self.protocol_features & P_REPLY_ACK:
+            answer = struct.unpack("=Q", self.ask(request, payload, fds, FLAGS | NEED_REPLY))[0]
+            assert answer == expect, f"{Request(request).name} was answered {answer}"
+        else:
+            self.send(request, payload, fds)
+
+    def sync(self) -> None:
+        """Returns when every earlier message was served."""
+        self.ask(Request.GET_FEATURES)
+
+    def disconnected(self, timeout: float = DEADLINE) -> bool:
+        """Whether the back-end closes the connection; pending replies are thrown away."""
+        self.sock.settimeout(timeout)
+        try:
+            while self.sock.recv(4096):
+                pass
+        except ConnectionResetError:
+            return True
+        except TimeoutError:
+            return False
+        return True
+
+    # ---- requests ----
+
+    def state(self, request: int, index: int, num: int) -> None:
+        self.tell(request, struct.pack("=II", index, num))
+
+    def get_base(self, index: int) -> int:
+        answered, base = struct.unpack("=II", self.ask(Request.GET_VRING_BASE, struct.pack("=II", index, 0)))
+        assert answered == index
+        return int(base)
+
+    def file(self, request: int, index: int, fd: int | None) -> None:
+        if fd is None:
+            self.tell(request, struct.pack("=Q", index | NO_FD))
+        else:
+            self.tell(request, struct.pack("=Q", index), [fd])
+
+    def enable(self, index: int, on: bool = True) -> None:
+        self.state(Request.SET_VRING_ENABLE, index, int(on))
+
+    def set_features(self, features: int) -> None:
+        self.features = features
+        self.tell(Request.SET_FEATURES, struct.pack("=Q", features))
+
+    def set_protocol_features(self, features: int) -> None:
+        self.send(Request.SET_PROTOCOL_FEATURES, struct.pack("=Q", features))
+        self.protocol_features = features
+
+    def set_mem_table(self, slots: Sequence[Slot], fds: Sequence[int], room_for: int = 0) -> None:
+        body = struct.pack("=II", len(slots), 0) + b"".join(slot.pack() for slot in slots)
+        self.tell(Request.SET_MEM_TABLE, body.ljust(8 + 32 * room_for, b"\0"), fds)
+
+    def add_mem_reg(self, slot: Slot, fd: int) -> None:
+        self.tell(Request.ADD_MEM_REG, bytes(8) + slot.pack(), [fd])
+
+    def rem_mem_reg(self, slot: Slot) -> None:
+        self.tell(Request.REM_MEM_REG, bytes(8) + slot.pack())
+
+    def set_addr(self, index: int, desc: int, used: int, avail: int, flags: int = 0, log: int = 0) -> None:
+        self.tell(Request.SET_VRING_ADDR, struct.pack("=IIQQQQ", index, flags, desc, used, avail, log))
+
+    def set_queue(self, index: int, queue: Queue, base: int = 0, call_fd: int | None = None) -> None:
+        """Size, base, address, call and kick of one ring; the kick comes last and starts it."""
+        user = queue.memory.user
+        self.file(Request.SET_VRING_CALL, index, queue.call_fd if call_fd is None else call_fd)
+        self.state(Request.SET_VRING_NUM, index, queue.size)
+        self.state(Request.SET_VRING_BASE, index, base)
+        self.set_addr(index, user(queue.desc), user(queue.used), user(queue.avail))
+        self.file(Request.SET_VRING_KICK, index, queue.kick_fd)
+
+    def get_config(self, size: int, offset: int = 0) -> bytes:
+        answer = self.ask(Request.GET_CONFIG, struct.pack("=III", offset, size, 0) + bytes(size))
+        assert struct.unpack_from("=III", answer) == (offset, size, 0)
+        return answer[12:]
+
+
+HEADER_SIZE = {True: 12, False: 10}  # with num_buffers (VERSION_1 or MRG_RXBUF), without
+
+
+@dataclass
+class NetDevice:
+    """A virtio-net driver over a front-end: pairs of queues, buffers, frames."""
+
+    path: Path
+    features: int = F_VERSION_1 | F_MRG_RXBUF | F_PROTOCOL
+    protocol_features: int = P_MQ | P_REPLY_ACK
+    pairs: int = 1
+    queue_size: int = 256
+    memory_size: int = 8 << 20
+    memory: GuestMemory = field(init=False)
+    queues: list[Queue] = field(init=False)
+    front: FrontEnd = field(init=False)
+    rx_size: int = 2048
+
+    def __post_init__(self) -> None:
+        self.memory = GuestMemory(self.memory_size)
+        event_idx = bool(self.features & F_EVENT_IDX)
+        self.queues = [Queue(self.memory, self.queue_size, event_idx) for _ in range(2 * self.pairs)]
+        self._tx_buffers: list[int] = []
+        self._tx_ring = 0
+        self._rx_parts: dict[int, list[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _t: type[BaseException] | None, _e: BaseException | None, _tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if hasattr(self, "front"):
+            self.front.close()
+        for queue in self.queues:
+            queue.close()
+        with contextlib.suppress(ValueError):
+            self.memory.close()
+
+    @property
+    def header_size(self) -> int:
+        return HEADER_SIZE[bool(self.features & (F_VERSION_1 | F_MRG_RXBUF))]
+
+    # ---- bringing it up ----
+
+    def connect(self) -> FrontEnd:
+        self.front = FrontEnd.connect(self.path)
+        return self.front
+
+    def up(self, bases: Sequence[int] | None = None) -> None:
+        """QEMU's order: ENABLE before everything, then the driver's part."""
+        front = self.connect()
+        offered = front.ask_u64(Request.GET_FEATURES)
+        assert not self.features & ~offered, f"not offered: {self.features & ~offered:#x}"
+        if self.features & F_PROTOCOL:
+            front.set_protocol_features(self.protocol_features & front.ask_u64(Request.GET_PROTOCOL_FEATURES))
+        front.tell(Request.SET_OWNER)
+        for index in range(len(self.queues)):
+            front.enable(index)
+        front.set_features(self.features)
+        front.set_mem_table(self.memory.slots, [self.memory.fd])
+        for index, queue in enumerate(self.queues):
+            front.set_queue(index, queue, bases[index] if bases else 0)
+        front.sync()
+
+    def down(self) -> list[int]:
+        """Stops all rings; their bases."""
+        return [self.front.get_base(index) for index in range(len(self.queues))]
+
+    # ---- frames ----
+
+    def rx(self, pair: int = 0) -> Queue:
+        return self.queues[2 * pair]
+
+    def tx(self, pair: int = 0) -> Queue:
+        return self.queues[2 * pair + 1]
+
+    def post(self, count: int, size: int | None = None, pair: int = 0, indirect: bool = False) -> None:
+        """Makes receive buffers available."""
+        for _ in range(count):
+            chain = [Buffer(self.memory.alloc(size or self.rx_size), size or self.rx_size, True)]
+            self.rx(pair).add(chain, indirect, publish=False)
+        self.rx(pair).publish()
+
+    def send(
+        self, frame: bytes, header: bytes = b"", pair: int = 0, indirect: bool = False, cuts: Iterable[int] = ()
+    ) -> None:
+        """Sends one frame, its header in a descriptor of its own; `cuts`: where else to cut header plus frame."""
+        data = header.ljust(self.header_size, b"\0") + frame
+        edges = sorted({0, self.header_size, len(data), *cuts} - ({self.header_size} if cuts else set()))
+        gpa = self.memory.alloc(len(data))
+        self.memory.write(gpa, data)
+        chain = [Buffer(gpa + a, b - a) for a, b in pairwise(edges)]
+        self.tx(pair).add(chain, indirect)
+
+    def sent(self, pair: int = 0) -> int:
+        """How many transmissions the device has finished since the last time."""
+        return sum(1 for _ in self.tx(pair).reap())
+
+    def received(self, pair: int = 0, recycle: bool = True) -> list[tuple[bytes, bytes]]:
+        """(header, frame) of what has arrived; merged buffers are put together. Buffers are posted again."""
+        frames: list[tuple[bytes, bytes]] = []
+        pending = self._rx_parts.setdefault(pair, [])
+        again: list[list[Buffer]] = []
+        for buffers, written in self.rx(pair).reap():
+            data = b"".join(self.memory.read(buffer.gpa, buffer.size) for buffer in buffers)[:written]
+            pending.append(data)
+            again.append(buffers)
+            first = pending[0]
+            wanted = struct.unpack_from("<H", first, 10)[0] if self.features & F_MRG_RXBUF else 1
+            if len(pending) == wanted:
+                whole = b"".join(pending)
+                frames.append((whole[: self.header_size], whole[self.header_size :]))
+                pending.clear()
+        if recycle and again:
+            for buffers in again:
+                self.rx(pair).add(buffers, publish=False)
+            self.rx(pair).publish()
+        return frames
+
+    def receive(self, count: int, pair: int = 0, deadline: float = DEADLINE) -> list[tuple[bytes, bytes]]:
+        """At least `count` frames, waiting for the device's interrupts."""
+        frames: list[tuple[bytes, bytes]] = []
+        end = time.monotonic() + deadline
+        while len(frames) < count:
+            frames += self.received(pair)
+            if len(frames) < count:
+                left = end - time.monotonic()
+                assert left > 0, f"{len(frames)} of {count} frames came in {deadline:g} s"
+                self.rx(pair).interrupts(min(left, 0.05))
+        return frames

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kernel event means, and what is said where bcc is missing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from xdpvhost import trace
+from xdpvhost.errors import XdpvhostError
+from xdpvhost.trace import PROGRAM, RawEvent, Resolver, Status
+
+STATUS: dict[str, Any] = {
+    "nics": [{"iface": "eth0", "ifindex": 7, "queues": 4, "facts": {"program_id": 23, "dispatcher": False}}],
+    "guests": [{"name": "vm1", "slot": 0}, {"name": "vm2", "slot": 1}],
+}
+
+
+@pytest.mark.parametrize(
+    ("err", "index", "guest", "queue", "cause"),
+    [
+        (-105, 0, "vm1", 0, "rx_ring_full"),
+        (-12, 3, "vm1", 3, "fill_ring_empty"),
+        (-28, 4, "vm2", 0, "too_big"),
+        (-22, 6, "vm2", 2, "wrong_queue"),
+        (-6, 1, "vm1", 1, "not_bound"),
+        (-5, 1, "vm1", 1, "unknown"),
+        (-105, 8, None, 0, "rx_ring_full"),
+    ],
+)
+def test_an_index_names_the_guest_and_an_error_the_cause(
+    err: int, index: int, guest: str | None, queue: int, cause: str
+) -> None:
+    drop = Resolver(lambda: STATUS).drop(RawEvent(prog_id=23, ifindex=7, act=4, err=err, map_index=index))
+    assert (drop.kind, drop.iface, drop.guest, drop.queue, drop.cause) == ("redirect", "eth0", guest, queue, cause)
+    assert str(drop).endswith(f"eth0 guest {guest or '?'} queue {queue}: {cause}: {drop.detail}")
+
+
+def test_an_exception_belongs_to_no_guest() -> None:
+    drop = Resolver(lambda: STATUS).drop(RawEvent(kind=1, ifindex=7, act=4))
+    assert (drop.kind, drop.guest, drop.queue) == ("exception", None, None)
+    assert "XDP_REDIRECT" in drop.detail
+
+
+def test_a_guest_that_came_later_is_asked_for() -> None:
+    status = copy.deepcopy(STATUS)
+    asked = []
+
+    def ask() -> Status:
+        asked.append(1)
+        return copy.deepcopy(status)
+
+    resolver = Resolver(ask)
+    status["guests"].append({"name": "vm3", "slot": 2})
+    assert resolver.drop(RawEvent(ifindex=7, err=-12, map_index=9)).guest == "vm3"
+    assert resolver.drop(RawEvent(ifindex=7, err=-12, map_index=9)).guest == "vm3"
+    assert len(asked) == 2
+
+
+def test_only_the_daemons_own_program_is_watched() -> None:
+    assert Resolver(lambda: STATUS).filter == "prog_id == 23"
+    dispatched = copy.deepcopy(STATUS)
+    dispatched["nics"][0]["facts"]["dispatcher"] = True
+    assert Resolver(lambda: dispatched).filter == "ifindex == 7"
+
+
+def test_the_event_has_no_padding() -> None:
+    names = [name for name, _ in RawEvent._fields_]
+    body = PROGRAM.partition("struct drop_event {")[2].partition("}")[0]
+    assert [line.split()[-1].rstrip(";") for line in body.strip().splitlines()] == names
+    assert sum(getattr(RawEvent, name).size for name in names) == 40
+
+
+def test_without_bcc_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(trace.importlib, "import_module", missing)
+    with pytest.raises(XdpvhostError, match="apt install python3-bpfcc"):
+        trace.drops(lambda: STATUS, as_json=False, seconds=0.1)
+
+
+def test_where_bcc_wants_headers_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bcc:
+        @staticmethod
+        def BPF(text: str) -> Any:
+            raise Exception("Failed to compile BPF module <text>")
+
+    monkeypatch.setattr(trace.importlib, "import_module", lambda _: Bcc)
+    monkeypatch.setattr(trace, "_need_tracefs", lambda: None)
+    monkeypatch.setattr(trace.platform, "release", lambda: "6.1.0-23-amd64")
+    with pytest.raises(XdpvhostError, match=r"apt install linux-headers-6\.1\.0-23-amd64"):
+        trace.drops(lambda: STATUS, as_json=False, seconds=0.1)
