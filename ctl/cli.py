@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -181,27 +182,19 @@ def stats(run_dir: Path, as_json: bool, watch: bool, interval: float) -> None:
     def read() -> Any:
         return api.call(run_dir, "stats")
 
-    if as_json and not watch:
-        _print_json(read())
-        return
     from . import view
 
-    if not watch:
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            if as_json:
+                while True:
+                    click.echo(msgspec.json.encode(read()))
+                    time.sleep(interval)
+            view.watch(read, lambda: time.sleep(interval))
+    elif as_json:
+        _print_json(read())
+    else:
         view.console().print(view.stats_view(read()))
-        return
-
-    def wait() -> bool:
-        time.sleep(interval)
-        return True
-
-    try:
-        if not as_json:
-            view.watch(read, wait)
-        while True:
-            click.echo(msgspec.json.encode(read()))
-            wait()
-    except KeyboardInterrupt:
-        return
 
 
 @main.group()

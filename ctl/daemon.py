@@ -67,6 +67,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._stack = contextlib.AsyncExitStack()
         self._serving: dict[str, tuple[Endpoint, asyncio.Task[None]]] = {}
+        self._removing = asyncio.Lock()
         self._started = time.monotonic()
         self._metrics: MetricsEndpoint | None = None
 
@@ -153,7 +154,7 @@ class Daemon:
             raise
         task = asyncio.get_running_loop().create_task(self._serve(spec.name, endpoint), name=f"guest {spec.name}")
         self._serving[spec.name] = endpoint, task
-        log.info("guest %s: %s, %d queue pairs, socket %s (%s)", *_spec_words(spec))
+        log.info("guest %r: %s, queue pairs %d, socket %s (%s)", *_spec_words(spec))
         return entry
 
     async def _serve(self, name: str, endpoint: Endpoint) -> None:
@@ -163,19 +164,27 @@ class Daemon:
                 await endpoint.run()
                 return
             except XdpvhostError as exc:
-                log.error("guest %s: %s", name, exc)
+                log.error("guest %r: %s", name, exc)
             except Exception:
-                log.exception("guest %s: its endpoint failed", name)
+                log.exception("guest %r: its endpoint failed; please report it", name)
             await asyncio.sleep(RETRY_PERIOD)
 
     async def _end_session(self, name: str) -> None:
-        endpoint, task = self._serving.pop(name)
-        await endpoint.close()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        """When it returns, nothing of the front-end's is left in the data plane. May be called again after a failure."""
+        serving = self._serving.get(name)
+        if serving is not None:
+            endpoint, task = serving
+            await endpoint.close()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            self._serving.pop(name, None)
 
     async def _end_sessions(self) -> None:
-        await asyncio.gather(*(self._end_session(name) for name in list(self._serving)))
+        names = list(self._serving)
+        results = await asyncio.gather(*map(self._end_session, names), return_exceptions=True)
+        for name, result in zip(names, results, strict=True):
+            if isinstance(result, BaseException):
+                log.error("guest %r: its connection could not be ended: %s", name, result, exc_info=result)
 
     # ---- data plane ----
 
@@ -183,7 +192,6 @@ class Daemon:
         with contextlib.suppress(BlockingIOError):
             os.read(self._dp.event_fd, 8)
         for entry, why in self._switch.faulted():
-            log.error("guest %s: %s; its connection is ended", entry.name, why)
             serving = self._serving.get(entry.name)
             if serving is not None:
                 serving[0].disconnect(why)
@@ -227,15 +235,16 @@ class Daemon:
 
     async def _api_guest_rm(self, params: Params) -> dict[str, Any]:
         name = text_param(params, "name")
-        entry = self._switch.guests.get(name)
-        if entry is None or name not in self._serving:
-            known = ", ".join(self._switch.guests) or "none"
-            raise ConfigError(f"guest {name!r} does not exist; guests here: {known}")
-        description = describe_guest(entry)
-        await self._end_session(name)
-        with self._counters.lock:
-            self._switch.remove_guest(name)
-        log.info("guest %s: removed", name)
+        async with self._removing:
+            entry = self._switch.guests.get(name)
+            if entry is None:
+                known = ", ".join(self._switch.guests) or "none"
+                raise ConfigError(f"guest {name!r} does not exist; guests here: {known}")
+            description = describe_guest(entry)
+            await self._end_session(name)
+            with self._counters.lock:
+                self._switch.remove_guest(name)
+        log.info("guest %r: removed", name)
         return description
 
     async def _api_guest_list(self, _: Params) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -202,11 +202,12 @@ def _worker_stats(counters: Sequence[Counter], number: Number, unit: str) -> Tab
     return table("workers", columns, rows, right=1)
 
 
-def watch(read: Callable[[], Mapping[str, Any]], wait: Callable[[], bool]) -> None:
-    """Show rates until `wait()`, which sleeps for one period, returns False."""
+def watch(read: Callable[[], Mapping[str, Any]], wait: Callable[[], None]) -> NoReturn:
+    """Show rates, anew after each `wait()`, until an exception ends it."""
     before = read()
     with Live(stats_view(before), console=console(), auto_refresh=False) as live:
-        while wait():
+        while True:
+            wait()
             now = read()
             live.update(stats_view(now, before), refresh=True)
             before = now

@@ -92,7 +92,8 @@ NIC_DROPS = Metric(
     "xdpvhost_nic_drops_total",
     "counter",
     ("iface", "queue", "reason"),
-    "Frames to or from this NIC queue that were dropped and belong to no guest.",
+    "Frames dropped at this NIC queue when their guest can no longer be told; nic_full: the kernel took the frame and "
+    "answered EBUSY.",
 )
 MCAST_PACKETS = Metric(
     "xdpvhost_multicast_receive_packets_total",

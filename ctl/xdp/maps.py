@@ -66,6 +66,11 @@ class SteerMaps:
     def clear_mac(self, vlan: int, mac: bytes) -> bool:
         return self._guests.delete(MAC.pack(vlan, mac))
 
+    def owner(self, vlan: int, mac: bytes) -> int | None:
+        """The slot that has an address."""
+        value = self._guests.lookup(MAC.pack(vlan, mac))
+        return None if value is None else int(GUEST.unpack(value)[0])
+
     def macs(self) -> dict[tuple[int, bytes], int]:
         """(VLAN, MAC) -> slot, as the kernel has it."""
         found: dict[tuple[int, bytes], int] = {}

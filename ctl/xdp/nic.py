@@ -48,7 +48,7 @@ from .capabilities import require
 from .maps import MAX_QUEUES, MAX_SLOTS
 from .program import PROGRAM, SteerProgram, refuse_occupied
 from .umem import RX_FRAMES, TX_FRAMES, chunk_for, lift_memlock_limit
-from .xsk import GuestSocket, QueueSockets
+from .xsk import GuestSocket, QueueSockets, close_together
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +124,7 @@ class Nic:
         self.iface = link.name
         self.ifindex = link.index
         self.mtu = link.mtu
+        self._mac = link.mac
         self.queues: list[Nicq] = []
         self.mcast: Mcast | None = None
         self.facts: NicFacts
@@ -204,7 +205,11 @@ class Nic:
     def _attach(self, prep: NicPrep, nr_queues: int) -> None:
         """The journal's entry comes first, and learns the program's id afterwards."""
         entry = prep.record("xdp", name=PROGRAM)
-        program = SteerProgram.attach(self.ifindex, self.iface, self.options.xdp_mode, nr_queues)
+        try:
+            program = SteerProgram.attach(self.ifindex, self.iface, self.options.xdp_mode, nr_queues)
+        except BaseException:
+            prep.done(entry)  # not undone by name: what is on the NIC by now may be another xdpvhost's
+            raise
         self._stack.callback(prep.done, entry)
         self._stack.callback(program.close)
         prep.amend(entry, program_id=program.program_id)
@@ -272,9 +277,7 @@ class Nic:
 
     def close(self) -> None:
         """Undo everything: the NIC is exactly as it was before `open`. Idempotent; logs what it can't undo."""
-        for slot in list(self._guests):
-            self.unsteer(slot)
-            self.remove_guest(slot)
+        self._remove(list(self._guests))
         self._stack.close()
         self.queues.clear()
         self._sockets.clear()
@@ -289,6 +292,10 @@ class Nic:
         """
         if not 0 <= slot < MAX_SLOTS or slot in self._guests:
             raise NicError(f"interface {self.iface}: slot {slot} for guest {name!r} is taken or not below {MAX_SLOTS}")
+        if any(mac == self._mac for _, mac in macs):
+            raise NicError(
+                f"guest {name!r}: {self._mac.hex(':')} is the address of {self.iface} itself: give it another"
+            )
         with ExitStack() as undo, self._changing(name):
             guest = _Guest(name, tuple(macs), [], [])
             for queue, owner in enumerate(self._sockets):
@@ -308,7 +315,6 @@ class Nic:
         guest = self._guests[slot]
         guest.undo_steering.close()
         maps = self._program.maps
-        taken = maps.macs()
         with ExitStack() as undo, self._changing(guest.name):
             for mac in dict.fromkeys(mac for _, mac in guest.macs):
                 self._filter.add(mac)
@@ -317,7 +323,7 @@ class Nic:
                 maps.set_socket(slot, queue, sock.fd)
                 undo.callback(self._quietly, maps.clear_socket, slot, queue)
             for vlan, mac in guest.macs:
-                if taken.get((vlan, mac), slot) != slot:
+                if maps.owner(vlan, mac) not in (None, slot):
                     raise NicError(f"guest {guest.name!r}: {mac.hex(':')} is another guest's in VLAN {vlan}")
                 maps.set_mac(vlan, mac, slot)
                 undo.callback(self._quietly, maps.clear_mac, vlan, mac)
@@ -330,14 +336,15 @@ class Nic:
 
     def remove_guest(self, slot: int) -> None:
         """Close its sockets. After a publication without them."""
-        guest = self._guests.pop(slot, None)
-        if guest is None:
-            return
-        guest.undo_steering.close()
-        for xsk in guest.xsks:
-            xsk.close()
-        for sock in guest.sockets:
-            sock.close()
+        self._remove([slot])
+
+    def _remove(self, slots: Sequence[int]) -> None:
+        guests = [guest for slot in slots if (guest := self._guests.pop(slot, None)) is not None]
+        for guest in guests:
+            guest.undo_steering.close()
+            for xsk in guest.xsks:
+                xsk.close()
+        close_together([sock for guest in guests for sock in guest.sockets])
 
     @contextmanager
     def _changing(self, name: str) -> Iterator[None]:

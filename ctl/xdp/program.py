@@ -68,7 +68,7 @@ def refuse_occupied(ifindex: int, iface: str) -> None:
         if found.name == PROGRAM:
             raise NicError(
                 f"interface {iface}: another xdpvhost is on it ({what}): stop that one with `xdpvhost down`, "
-                "or, if it was killed, run `xdpvhost clean`"
+                f"or, if it was killed, run `xdpvhost clean`, or `xdp-loader unload {iface} --id {found.program_id}`"
             )
         if not found.dispatcher:
             raise NicError(

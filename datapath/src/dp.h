@@ -40,5 +40,7 @@ struct xv_dp {
 };
 
 void worker_wake(struct worker *worker);
+/* Visit every source of the worker once; whether there was work. `all`: also those that cost a system call to look at. */
+bool worker_turn(struct worker *w, const struct snapshot *snap, bool all);
 
 #endif

@@ -9,6 +9,8 @@
 #ifndef XV_PORT_H
 #define XV_PORT_H
 
+#include <linux/if_xdp.h>
+
 #include "vring.h"
 
 /* ---- guest (vhost.c) ---- */

@@ -189,7 +189,7 @@ static void flush(struct worker *w)
 	w->dirty.nr = kept;
 }
 
-static bool turn(struct worker *w, const struct snapshot *snap, bool all)
+bool worker_turn(struct worker *w, const struct snapshot *snap, bool all)
 {
 	const struct duty *duty = &snap->duties[w->index];
 	uint64_t start = cycles_now();
@@ -281,7 +281,7 @@ static void sleep_until_work(struct worker *w, const struct snapshot *snap)
 
 	arm(duty);
 	count_events(events, epoll_wait(w->epfd, events, EVENTS, 0));
-	if (!turn(w, snap, true) && !load_acquire(&w->dp->stopping)) {
+	if (!worker_turn(w, snap, true) && !load_acquire(&w->dp->stopping)) {
 		count(w->counters.sleeps, 1);
 		__atomic_store_n(&w->parked, true, __ATOMIC_SEQ_CST);
 		/* a snapshot published before `parked` was seen is found here; one published after it, by the wake-up */
@@ -348,7 +348,7 @@ int xv_worker_run(struct xv_dp *dp, uint32_t index)
 			adopt(w, snap);
 		}
 		__atomic_store_n(&w->seen, epoch, __ATOMIC_RELEASE);
-		if (turn(w, snap, false) || dp->conf.poll == XV_POLL_BUSY)
+		if (worker_turn(w, snap, false) || dp->conf.poll == XV_POLL_BUSY)
 			continue;
 		if (cycles_now() - w->last_work >= spin)
 			sleep_until_work(w, snap);

@@ -12,7 +12,6 @@
  * it. Zero-copy drivers ask for a call with XDP_RING_NEED_WAKEUP.
  */
 #include <errno.h>
-#include <linux/if_xdp.h>
 #include <stdlib.h>
 #include <sys/socket.h>
 

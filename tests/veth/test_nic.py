@@ -9,9 +9,11 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -63,7 +65,7 @@ class Pair:
         return Journal(self.world.directory / "journal.jsonl")
 
     def open(self, **options: object) -> Nic:
-        return Nic.open(NicOptions(NIC, **options), self.dp, self.journal)  # type: ignore[arg-type]
+        return Nic.open(NicOptions(NIC, **options), cast(Any, self.dp), self.journal)  # type: ignore[arg-type]
 
     def snapshot(self) -> dict[str, str]:
         """All that an administrator can see of both ends."""
@@ -283,8 +285,7 @@ def test_a_full_ring_is_its_owners_alone(pair: Pair) -> None:
 def test_base_sockets_send(pair: Pair) -> None:
     with pair.host.entered(), pair.open() as nic:
         with PacketSocket(pair.network, PEER) as wire:
-            for queue, nicq in enumerate(nic.queues):
-                assert isinstance(nicq, FakeNicq)
+            for queue, nicq in enumerate(cast(list[FakeNicq], nic.queues)):
                 for number in range(COUNT):
                     nicq.send(udp_frame(STRANGER, f"02:00:00:00:01:{queue:02x}", number=number))
             for queue in range(QUEUES):
@@ -293,8 +294,7 @@ def test_base_sockets_send(pair: Pair) -> None:
 
 def test_packet_socket_hears_groups_that_arrive(pair: Pair) -> None:
     with pair.host.entered(), pair.open() as nic:
-        assert isinstance(nic.mcast, FakeMcast)
-        view = socket.socket(fileno=os.dup(nic.mcast.fd))
+        view = socket.socket(fileno=os.dup(cast(FakeMcast, nic.mcast).fd))
         groups = ("ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:fb", "33:33:00:00:00:01")
         with view, PacketSocket(pair.host, NIC) as local, PacketSocket(pair.host, NIC) as kernel:
             for group in (*groups, STRANGER, pair.host.mac(NIC)):
@@ -443,16 +443,18 @@ def foreign_object(directory: Path) -> Path:
 def refused(pair: Pair, message: str, kind: type[Exception] = NicError, **options: object) -> None:
     """`open` says so, and nothing has changed."""
     before = pair.snapshot()
+    descriptors = os.listdir("/proc/self/fd")
     with pair.host.entered(), pytest.raises(kind, match=message):
         pair.open(**options)
     assert pair.snapshot() == before
+    assert os.listdir("/proc/self/fd") == descriptors
     assert not pair.journal.path.exists()
 
 
 @pytest.mark.parametrize("name", ["nosuch0", "", "a" * 16])
 def test_no_such_interface(pair: Pair, name: str) -> None:
     with pair.host.entered(), pytest.raises(NicError, match=r"no interface|1 to 15 bytes"):
-        Nic.open(NicOptions(name), pair.dp, pair.journal)
+        Nic.open(NicOptions(name), cast(Any, pair.dp), pair.journal)
 
 
 def test_another_xdp_program(pair: Pair) -> None:
@@ -465,7 +467,7 @@ def test_another_xdpvhost(pair: Pair) -> None:
     with pair.host.entered(), pair.open() as nic:
         assert xdp_state(nic.ifindex).mode == "native"
         with pytest.raises(NicError, match=r"another xdpvhost is on it \(XDP program xdpvhost_steer .*xdpvhost down"):
-            Nic.open(NicOptions(NIC), FakeDatapath(), Journal(pair.world.directory / "other.jsonl"))
+            Nic.open(NicOptions(NIC), cast(Any, FakeDatapath()), Journal(pair.world.directory / "other.jsonl"))
 
 
 def test_mtu_too_large(pair: Pair) -> None:
@@ -518,7 +520,7 @@ def test_a_queue_that_is_taken(pair: Pair) -> None:
     with pair.host.entered(), pair.open() as nic:
         run(pair.host.argv(["ip", "link", "set", NIC, "xdp", "off"]))
         with pytest.raises(NicError, match=r"queue 0: another AF_XDP socket has it"):
-            Nic.open(NicOptions(NIC), other.dp, Journal(pair.world.directory / "other.jsonl"))
+            Nic.open(NicOptions(NIC), cast(Any, other.dp), Journal(pair.world.directory / "other.jsonl"))
         assert nic.nr_queues == QUEUES
 
 
@@ -556,6 +558,16 @@ def test_a_guest_that_fails_half_way_leaves_nothing(pair: Pair) -> None:
         collect(xsks, COUNT)
 
 
+def test_the_nics_own_address(pair: Pair) -> None:
+    own = pair.host.mac(NIC)
+    with (
+        pair.host.entered(),
+        pair.open() as nic,
+        pytest.raises(NicError, match=rf"{own} is the address of nic0 itself"),
+    ):
+        nic.add_guest(0, "vm1", [(0, mac_bytes(own))])
+
+
 def test_two_guests_with_one_address(pair: Pair) -> None:
     with pair.host.entered(), pair.open() as nic:
         xsks = add(nic, 0, MAC1)
@@ -568,11 +580,15 @@ def test_two_guests_with_one_address(pair: Pair) -> None:
 
 
 def test_many_guests(pair: Pair) -> None:
+    """256 sockets, and closing them doesn't take 256 grace periods."""
     with pair.host.entered(), pair.open() as nic:
         guests = [add(nic, slot, f"52:54:00:00:01:{slot:02x}") for slot in range(64)]
         for slot in (0, 31, 63):
             pair.send(f"52:54:00:00:01:{slot:02x}")
             assert len(collect(guests[slot], COUNT)) == COUNT
+        start = time.monotonic()
+        nic.close()
+        assert time.monotonic() - start < 2
 
 
 def test_interface_that_disappears(pair: Pair) -> None:
