@@ -10,7 +10,11 @@ from setuptools.command.build_py import build_py
 
 class BuildWithNative(build_py):
     def run(self) -> None:
-        subprocess.run([str(Path(__file__).resolve().parent / "scripts" / "build")], check=True)
+        script = Path(__file__).resolve().parent / "scripts" / "build"
+        done = subprocess.run([str(script)], check=False)
+        if done.returncode != 0:
+            # Not an ordinary exception: an editable install would only warn of that, and go on.
+            raise SystemExit(f"{script} failed with status {done.returncode}; its output above says why")
         super().run()
 
 

@@ -170,7 +170,7 @@ class Daemon:
             await asyncio.sleep(RETRY_PERIOD)
 
     async def _end_session(self, name: str) -> None:
-        """When it returns, nothing of the front-end's is left in the data plane. May be called again after a failure."""
+        """When it returns, no ring of the guest is left in the data plane. May be called again."""
         serving = self._serving.get(name)
         if serving is not None:
             endpoint, task = serving

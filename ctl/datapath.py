@@ -24,7 +24,7 @@ from .errors import DatapathError
 
 log = logging.getLogger(__name__)
 
-ABI = 2
+ABI = 3
 MAX_REGIONS = 509
 MAX_PAIRS = 128
 MAX_RING_SIZE = 32768
@@ -32,7 +32,7 @@ NO_RING = 0xFFFFFFFF
 VLAN_ANY = 0xFFFF
 NICQ_PARTIAL_CSUM = 1
 POLL_MODES = {"adaptive": 0, "busy": 1, "interrupt": 2}
-DROP_MAX = 10
+DROP_MAX = 9
 FAULT_MAX = 7
 
 DROP_NAMES: tuple[str, ...] = (
@@ -43,7 +43,6 @@ DROP_NAMES: tuple[str, ...] = (
     "bad_header",
     "bad_chain",
     "no_frames",
-    "nic_full",
     "disabled",
     "no_uplink",
 )
@@ -184,7 +183,6 @@ class NicqCounters(Structure):
         ("csum_finished", c_uint64),
         ("sendto_calls", c_uint64),
         ("sendto_busy", c_uint64),
-        ("drops", c_uint64 * DROP_MAX),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_WIDTH = 160  # of a table that goes into a file or pipe
 ASKED = {"xdp": "XDP mode", "bind": "AF_XDP bind"}  # facts that come as KEY_asked and KEY_in_use
@@ -30,7 +31,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     for index, column in enumerate(columns):
         result.add_column(column, justify="right" if right is not None and index >= right else "left", overflow="fold")
     for row in rows:
-        result.add_row(*(str(cell) for cell in row))
+        result.add_row(*(Text(str(cell)) for cell in row))
     return result
 
 
@@ -176,12 +177,12 @@ def _nic_stats(counters: Sequence[Counter], number: Number, unit: str) -> Table:
                 *verdicts,
                 number("xdpvhost_xsk_receive_packets_total", **where),
                 number("xdpvhost_xsk_transmit_packets_total", **where),
-                _reasons(counters, "xdpvhost_nic_drops_total", **where),
+                number("xdpvhost_nic_drops_total", **where),
                 _reasons(counters, "xdpvhost_xsk_drops_total", **where),
             )
         )
     moved = ("redirect", "no socket", "to host", "multicast", "received", "sent")
-    columns = ("iface", "queue", *(f"{word}{unit}" for word in moved), "drops", "kernel's XSK statistics")
+    columns = ("iface", "queue", *(f"{word}{unit}" for word in moved), f"drops{unit}", "kernel's XSK statistics")
     return table("NIC queues", columns, rows, right=2)
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.live import Live
@@ -46,6 +47,18 @@ def step(text: str) -> Iterator[None]:
     console.print(f"   [green]done[/] in {time.monotonic() - begin:.1f} s")
 
 
+@dataclass(frozen=True)
+class Flow:
+    """One direction of one guest, between two looks at its counters."""
+
+    guest: str
+    direction: str
+    packets: int
+    drops: int
+    packet_rate: float
+    bit_rate: float
+
+
 class Rates:
     """Packets and bits a second of each guest, between two looks."""
 
@@ -53,22 +66,39 @@ class Rates:
         self.lab = lab
         self.last: tuple[float, Metrics] = (time.monotonic(), lab.daemon.metrics())
 
-    def table(self) -> Table:
+    def look(self) -> list[Flow]:
         then, before = self.last
         now, scrape = time.monotonic(), self.lab.daemon.metrics()
         self.last = (now, scrape)
-        table = Table("guest", "direction", "packets", "packets/s", "Mbit/s", "drops")
-        for number in self.lab.guests:
-            for direction in ("rx", "tx"):
-                name = f"vm{number}"
-                packets = f"xdpvhost_guest_{direction}_packets_total"
-                total = scrape.total(packets, guest=name)
-                rate = (total - before.total(packets, guest=name)) / (now - then)
-                octets = f"xdpvhost_guest_{direction}_bytes_total"
-                bits = 8 * (scrape.total(octets, guest=name) - before.total(octets, guest=name)) / (now - then)
-                drops = scrape.total("xdpvhost_guest_drops_total", guest=name, direction=direction)
-                table.add_row(name, direction, f"{total:,}", f"{rate:,.0f}", f"{bits / 1e6:,.0f}", f"{drops:,}")
-        return table
+
+        def rate(name: str, guest: str) -> float:
+            return (scrape.total(name, guest=guest) - before.total(name, guest=guest)) / (now - then)
+
+        return [
+            Flow(
+                guest=guest,
+                direction=direction,
+                packets=scrape.total(f"xdpvhost_guest_{direction}_packets_total", guest=guest),
+                drops=scrape.total("xdpvhost_guest_drops_total", guest=guest, direction=direction),
+                packet_rate=rate(f"xdpvhost_guest_{direction}_packets_total", guest),
+                bit_rate=8 * rate(f"xdpvhost_guest_{direction}_bytes_total", guest),
+            )
+            for guest in (f"vm{number}" for number in self.lab.guests)
+            for direction in ("rx", "tx")
+        ]
+
+
+def flow_table(flows: list[Flow]) -> Table:
+    table = Table("guest", "direction", "packets", "packets/s", "Mbit/s", "drops")
+    for f in flows:
+        rates = (f"{f.packet_rate:,.0f}", f"{f.bit_rate / 1e6:,.0f}")
+        table.add_row(f.guest, f.direction, f"{f.packets:,}", *rates, f"{f.drops:,}")
+    return table
+
+
+def flow_line(flows: list[Flow]) -> str:
+    busy = [f"{f.guest} {f.direction} {f.packet_rate:,.0f} packets/s {f.bit_rate / 1e6:,.0f} Mbit/s" for f in flows]
+    return "   " + ", ".join(text for text, f in zip(busy, flows, strict=True) if f.packet_rate >= 1)
 
 
 def watch(lab: Lab, work: Callable[[], str]) -> str:
@@ -88,11 +118,11 @@ def watch(lab: Lab, work: Callable[[], str]) -> str:
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while thread.is_alive():
             thread.join(1.0)
-            table = rates.table()
+            flows = rates.look()
             if console.is_terminal:
-                live.update(table, refresh=True)
+                live.update(flow_table(flows), refresh=True)
             else:
-                console.print(table)
+                console.print(flow_line(flows), soft_wrap=True)
     if failures:
         raise failures[0]
     return results[0]
@@ -111,11 +141,9 @@ def iperf(lab: Lab, text: str, client: UmlGuest, address: str, seconds: int, opt
         watch(lab, lambda: client.run(f"iperf3 -c {address} -t {seconds} -J {options}", 30 + 2 * seconds))
     )
     end = report["end"]
-    if "sum_received" in end and end["sum_received"]["bytes"]:
-        console.print(f"   [green]{end['sum_received']['bits_per_second'] / 1e6:,.0f} Mbit/s[/] received")
-    else:
-        lost = end["sum"]["lost_percent"]
-        console.print(f"   [green]{end['sum']['bits_per_second'] / 1e6:,.0f} Mbit/s[/], {lost:.2f} % lost")
+    lost = f", {end['sum']['lost_percent']:.2f} % lost" if "-u" in options else ""
+    received = end.get("sum_received", end["sum"]) if "-u" in options else end["sum_received"]
+    console.print(f"   [green]{received['bits_per_second'] / 1e6:,.0f} Mbit/s[/] received{lost}")
 
 
 def play(seconds: int) -> None:
@@ -126,13 +154,15 @@ def play(seconds: int) -> None:
         with step("starting the daemon on nic0"):
             guests = [spec(1), spec(2)]
             lab.up(guests)
-        console.print("   " + shlex.join(["xdpvhost", *lab.daemon.process.argv][-10:]), markup=False, soft_wrap=True)
+        console.print("   " + shlex.join(lab.daemon.command), markup=False, soft_wrap=True)
         console.print("   " + lab.daemon.process.log().splitlines()[-1], markup=False, soft_wrap=True)
-        console.print(lab.daemon.cli("status"), markup=False)
         with step("booting two Linux guests (User-Mode Linux, virtio_net)"):
             lab.boot(1, 2)
         vm1, vm2 = lab.guests[1], lab.guests[2]
-        console.print("   vm1: " + vm1.run("uname -sr").strip() + ", " + vm1.run("ip -br addr show eth0").strip())
+        driver = vm1.run("ethtool -i eth0 | sed -n 's/^driver: //p'").strip()
+        console.print(f"   vm1: {vm1.run('uname -sr').strip()}, eth0 is {driver}, MAC {vm1.mac()}")
+
+        console.print(lab.daemon.cli("status"), markup=False, soft_wrap=True)
 
         say("ping, with nothing configured in any neighbour table")
         ping("network -> vm1", lab.net.run(*f"{PING} {guest_ip(1)}".split()).stdout)

@@ -110,13 +110,14 @@ class Journal:
 
     def _load(self) -> None:
         try:
-            text = self.path.read_text(encoding="utf-8")
+            data = self.path.read_bytes()
         except FileNotFoundError:
             return
-        lines = text.split("\n")
-        for number, line in enumerate(lines, 1):
-            if not line:
-                continue
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            log.warning("%s: its last line was cut short; that change was never made", self.path)
+            os.truncate(self.path, len(whole))
+        for number, line in enumerate(whole.splitlines(), 1):
             try:
                 item = json.loads(line)
                 key = int(item["id"])
@@ -125,11 +126,6 @@ class Journal:
                 else:
                     self._pending[key] = Entry(key, str(item["kind"]), dict(item["args"]))
             except (ValueError, KeyError, TypeError) as exc:
-                if number == len(lines):
-                    log.warning("%s: line %d was cut short; its change was never made", self.path, number)
-                    with open(self.path, "r+b") as file:
-                        file.truncate(len(text.encode()) - len(line.encode()))
-                    break
                 raise XdpvhostError(
                     f"{self.path}: line {number} is damaged ({exc}): look at it, undo by hand what it says, delete it"
                 ) from exc

@@ -87,7 +87,7 @@ class NicPrep:
         if rx > tx:
             raise NicError(
                 f"interface {link.name}: it receives on {rx} queues and sends on {tx} only: make it as many, with "
-                f"`ethtool -L {link.name} rx {tx}`, or let --queues {tx} do it"
+                f"`ethtool -L {link.name} rx {tx}`"
             )
         return rx
 

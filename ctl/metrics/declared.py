@@ -76,12 +76,6 @@ XSK_DROPS = Metric(
 NIC_SENDTO = Metric(
     "xdpvhost_nic_sendto_total", "counter", ("iface", "queue"), "sendto() calls that told the kernel to send."
 )
-NIC_SENDTO_BUSY = Metric(
-    "xdpvhost_nic_sendto_busy_total",
-    "counter",
-    ("iface", "queue"),
-    "sendto() calls answered EBUSY: the NIC's queue was full and one frame was lost.",
-)
 NIC_CHECKSUMS = Metric(
     "xdpvhost_nic_tx_checksums_total",
     "counter",
@@ -91,9 +85,8 @@ NIC_CHECKSUMS = Metric(
 NIC_DROPS = Metric(
     "xdpvhost_nic_drops_total",
     "counter",
-    ("iface", "queue", "reason"),
-    "Frames dropped at this NIC queue when their guest can no longer be told; nic_full: the kernel took the frame and "
-    "answered EBUSY.",
+    ("iface", "queue"),
+    "Frames that the kernel took to send and dropped, as its sendto() told by EBUSY: the NIC's queue was full.",
 )
 MCAST_PACKETS = Metric(
     "xdpvhost_multicast_receive_packets_total",
@@ -208,7 +201,6 @@ METRICS: tuple[Metric, ...] = (
     XSK_TX_BYTES,
     XSK_DROPS,
     NIC_SENDTO,
-    NIC_SENDTO_BUSY,
     NIC_CHECKSUMS,
     NIC_DROPS,
     MCAST_PACKETS,

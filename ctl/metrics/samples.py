@@ -101,11 +101,9 @@ def _nic_samples(nic: Nic, all_guests: list[GuestEntry]) -> Iterator[Sample]:
         yield Sample(m.XSK_TX_PACKETS, port, tx.tx_packets)
         yield Sample(m.XSK_TX_BYTES, port, tx.tx_bytes)
         yield Sample(m.NIC_SENDTO, port, tx.sendto_calls)
-        yield Sample(m.NIC_SENDTO_BUSY, port, tx.sendto_busy)
+        yield Sample(m.NIC_DROPS, port, tx.sendto_busy)
         yield Sample(m.NIC_CHECKSUMS, port, tx.csum_finished)
         yield Sample(m.COPIED_BYTES, ("nic", "", *port), tx.copied_bytes)
-        for reason, count in zip(DROP_NAMES, tx.drops, strict=True):
-            yield Sample(m.NIC_DROPS, (*port, reason), count)
 
     if nic.mcast is not None:
         mcast = nic.mcast.counters

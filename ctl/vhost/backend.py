@@ -7,8 +7,8 @@ A session is: messages in, state changed, the data plane told, reply out; one me
 request that is served to one small handler, with its payload, its descriptors and the protocol feature that gates it.
 A request that is not in the table is in `UNSUPPORTED` with the reason, and docs/vhost-user.md is generated from both.
 
-Rings, their states and how they enter and leave the data plane are in rings.py; a handler here says what changes, between
-`Rings.detach` and `Rings.attach`.
+Rings, their states and how they enter and leave the data plane are in rings.py; a handler here says what changes,
+between `Rings.detach` and `Rings.attach`.
 
 Who owns what: the session owns the mappings, the `Memory`, the `Vring`s and every descriptor it was sent, and `close`
 gives all of it back: the rings leave the data plane first, then they, the memory and its mappings go.
@@ -32,6 +32,7 @@ from .errors import ProtocolError, RequestRefused, Violation
 from .fds import Fd, FdBag, close_fd, notification_fd, signal
 from .memory import MappedRegion, check_table, map_region, map_table, unmap
 from .port import DevicePort
+from .rings import Rings
 from .wire import (
     F_PROTOCOL_FEATURES,
     MAX_CONFIG,

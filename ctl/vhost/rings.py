@@ -95,7 +95,7 @@ class Rings:
 
     @property
     def _ctrl(self) -> int | None:
-        """Which ring is the control virtqueue, if there is one and the front-end leaves it to us (virtio 1.2, 5.1.2)."""
+        """Which ring is the control virtqueue, should the front-end leave it to us (virtio 1.2, 5.1.2)."""
         if not self.features & VIRTIO_NET_F_CTRL_VQ:
             return None
         return 2 * self._port.max_pairs if self.features & VIRTIO_NET_F_MQ else 2

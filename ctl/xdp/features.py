@@ -143,9 +143,15 @@ def _queues(link: Link) -> Feature:
     rx, tx = ethtool.queues(link)
     detail = f"{rx} receive, {tx} transmit"
     if rx > tx:
-        return Feature("queues", False, detail, f"`ethtool -L {link.name} rx {tx}` or --queues {tx}", required=True)
+        return Feature("queues", False, detail, f"`ethtool -L {link.name} rx {tx}`", required=True)
     if rx > MAX_QUEUES:
-        return Feature("queues", False, f"{detail}; at most {MAX_QUEUES}", f"--queues {MAX_QUEUES}", required=True)
+        return Feature(
+            "queues",
+            False,
+            f"{detail}; at most {MAX_QUEUES}",
+            f"`ethtool -L {link.name} combined {MAX_QUEUES}`",
+            required=True,
+        )
     return Feature("queues", True, detail, required=True)
 
 

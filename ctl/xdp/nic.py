@@ -99,10 +99,10 @@ class NicFacts:
     dispatcher_detail: str
     program_id: int
     bind_asked: str
-    bind_in_use: str
+    bind_in_use: str  # zerocopy or copy; mixed where the queues differ
     chunk: int  # bytes a frame
     umem_bytes: int  # a queue
-    hugepages: str  # hugetlb, transparent or normal
+    hugepages: str  # hugetlb, transparent or normal; mixed where the queues differ
     partial_checksums: bool  # local stacks send into it
     warnings: tuple[str, ...]
 
@@ -185,7 +185,7 @@ class Nic:
         if nr_queues > MAX_QUEUES:
             raise NicError(
                 f"interface {self.iface}: it has {nr_queues} receive queues and at most {MAX_QUEUES} are supported: "
-                f"use --queues {MAX_QUEUES}"
+                f"`ethtool -L {self.iface} combined {MAX_QUEUES}`"
             )
         self._attach(prep, nr_queues)
         prep.note_side_effects()
@@ -254,6 +254,7 @@ class Nic:
 
     def _facts(self, link: Link, driver: str, partial: bool, chunk: int, warnings: Sequence[str]) -> NicFacts:
         modes = {"zerocopy" if s.zerocopy else "copy" for s in self._sockets}
+        pages = {s.memory.pages for s in self._sockets}
         return NicFacts(
             iface=self.iface,
             ifindex=self.ifindex,
@@ -270,7 +271,7 @@ class Nic:
             bind_in_use=modes.pop() if len(modes) == 1 else "mixed",
             chunk=chunk,
             umem_bytes=self._sockets[0].memory.size,
-            hugepages=self._sockets[0].memory.pages,
+            hugepages=pages.pop() if len(pages) == 1 else "mixed",
             partial_checksums=partial,
             warnings=tuple(warnings),
         )

@@ -19,7 +19,7 @@
 
 #define XV_API __attribute__((visibility("default")))
 
-#define XV_ABI 2u /* changes with every change of a struct or of a meaning below */
+#define XV_ABI 3u /* changes with every change of a struct or of a meaning below */
 
 #define XV_MAX_WORKERS 64u
 #define XV_MAX_REGIONS 509u    /* memory slots of one guest: what VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS grants */
@@ -44,7 +44,6 @@ enum xv_drop {
 	XV_DROP_BAD_HEADER,    /* from a guest: virtio-net header missing, or asking for what was not negotiated */
 	XV_DROP_BAD_CHAIN,     /* from a guest: a descriptor chain the device may not read */
 	XV_DROP_NO_FRAMES,     /* to the NIC: no UMEM frame free, the NIC is slower than the guest */
-	XV_DROP_NIC_FULL,      /* to the NIC: the kernel took the frame and dropped it (EBUSY from sendto) */
 	XV_DROP_DISABLED,      /* from a guest: the ring is disabled, frames are consumed and discarded */
 	XV_DROP_NO_UPLINK,     /* from a guest: not for a guest here, and there is no NIC queue to send on */
 	XV_DROP_MAX
@@ -177,8 +176,8 @@ struct xv_nicq_counters { /* the writer holds the TX lock */
 	uint64_t tx_packets, tx_bytes;
 	uint64_t copied_bytes; /* payload bytes that the CPU copied into UMEM for tx_bytes */
 	uint64_t csum_finished;
-	uint64_t sendto_calls, sendto_busy;
-	uint64_t drops[XV_DROP_MAX];
+	uint64_t sendto_calls;
+	uint64_t sendto_busy; /* frames that the kernel took and dropped: its sendto() said EBUSY */
 } __attribute__((aligned(64)));
 
 struct xv_mcast_counters {

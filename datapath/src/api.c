@@ -48,7 +48,7 @@ static const struct xv_layout_entry layout[] = {
 	FIELD(xv_xsk_counters, packets), FIELD(xv_xsk_counters, bytes),
 	FIELD(xv_nicq_counters, tx_packets), FIELD(xv_nicq_counters, tx_bytes), FIELD(xv_nicq_counters, copied_bytes),
 	FIELD(xv_nicq_counters, csum_finished), FIELD(xv_nicq_counters, sendto_calls),
-	FIELD(xv_nicq_counters, sendto_busy), FIELD(xv_nicq_counters, drops),
+	FIELD(xv_nicq_counters, sendto_busy),
 	FIELD(xv_mcast_counters, packets), FIELD(xv_mcast_counters, bytes), FIELD(xv_mcast_counters, truncated),
 	FIELD(xv_worker_counters, polls_busy), FIELD(xv_worker_counters, polls_idle), FIELD(xv_worker_counters, sleeps),
 	FIELD(xv_worker_counters, wakeups), FIELD(xv_worker_counters, cycles_busy), FIELD(xv_worker_counters, packets),
@@ -74,7 +74,6 @@ const char *xv_drop_name(uint32_t drop)
 		[XV_DROP_BAD_HEADER] = "bad_header",
 		[XV_DROP_BAD_CHAIN] = "bad_chain",
 		[XV_DROP_NO_FRAMES] = "no_frames",
-		[XV_DROP_NIC_FULL] = "nic_full",
 		[XV_DROP_DISABLED] = "disabled",
 		[XV_DROP_NO_UPLINK] = "no_uplink",
 	};

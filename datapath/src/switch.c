@@ -32,8 +32,11 @@ static uint32_t find_destination(const struct snapshot *snap, const struct xv_vi
 	}
 	if (header[0] & 1)
 		return TO_FLOOD;
-	if (unlikely((header[12] == 0x81 && header[13] == 0x00) || (header[12] == 0x88 && header[13] == 0xa8)))
+	/* as bpf/steer.bpf.c does: a service tag (802.1ad) is no VLAN of ours, but it is a tag */
+	if (unlikely(header[12] == 0x81 && header[13] == 0x00))
 		vlan = (uint16_t)((header[14] & 15) << 8 | header[15]);
+	else if (unlikely(header[12] == 0x88 && header[13] == 0xa8))
+		vlan = XV_VLAN_ANY;
 	key = mac_key(header, vlan);
 	port = mac_find(snap, key);
 	if (unlikely(port == NO_PORT && vlan))

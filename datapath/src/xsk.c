@@ -74,8 +74,8 @@ void xsk_rx_release(struct xv_xsk *xsk, uint32_t n)
 	store_release(xsk->consumer, xsk->cons);
 	count(xsk->counters.packets, n);
 	count(xsk->counters.bytes, bytes);
-	if (unlikely(wake)) /* only zero-copy drivers ask */
-		recvfrom(nicq->fd, NULL, 0, MSG_DONTWAIT, NULL, NULL);
+	if (unlikely(wake)) /* only zero-copy drivers ask; the socket must be one that receives */
+		recvfrom(xsk->rx.fd, NULL, 0, MSG_DONTWAIT, NULL, NULL);
 }
 
 /* Take sent frames back. Called with tx_lock. */
@@ -169,15 +169,10 @@ bool nicq_tx_flush(struct xv_nicq *nicq)
 			break; /* a zero-copy driver is at it */
 		count(counters->sendto_calls, 1);
 		if (sendto(nicq->fd, NULL, 0, MSG_DONTWAIT, NULL, 0) < 0) {
-			uint32_t now = load_acquire(nicq->tx.consumer);
-
-			if (errno == EBUSY) {
+			if (errno == EBUSY)
 				count(counters->sendto_busy, 1);
-				count(counters->drops[XV_DROP_NIC_FULL], 1);
-			} else if (now == sent) {
-				sent = now;
+			else if (load_acquire(nicq->tx.consumer) == sent)
 				break; /* EAGAIN without progress, ENETDOWN, ENOBUFS: later */
-			}
 		}
 		sent = load_acquire(nicq->tx.consumer);
 		reap(nicq);

@@ -6,13 +6,16 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from support.lab import GIB, HOST_IP, NET_IP, NET_IP6, Lab, guest_ip, guest_ip6, guest_mac
 from support.process import Process, cpu_seconds, wait_for
-from support.uml import UmlGuest, stream_program
+from support.uml import UmlGuest, peer_program
 
+MDNS = "224.0.0.251"
 PING = "ping -n -c 5 -i 0.1 -w 10"
 
 
@@ -33,6 +36,16 @@ def wait_in_guest(guest: UmlGuest, script: str, what: str, deadline: float = 10)
 def start_iperf_server(guest: UmlGuest) -> None:
     guest.spawn("iperf3 -s -1 --forceflush")
     wait_in_guest(guest, "netstat -ltn | grep -q :5201", f"iperf3 to listen in {guest.name}")
+
+
+@contextmanager
+def joined(lab: Lab, number: int) -> Iterator[None]:
+    """The guest is in the multicast group; whatever is done in the block, it has to hear."""
+    guest = lab.guests[number]
+    log = guest.spawn(f"peer listen {MDNS} 5353 {guest_ip(number)}")
+    wait_in_guest(guest, f"grep -q listening {log}", f"{guest.name} to join the group")
+    yield
+    wait_in_guest(guest, f"grep -q heard {log}", f"{guest.name} to hear the datagram")
 
 
 class TestReach:
@@ -86,9 +99,9 @@ class TestReach:
             "ip -6 addr show dev eth0 scope link | grep -v tentative | grep -q fe80",
             "the guest's link-local address",
         )
-        links = lab.net.json("ip", "-j", "-6", "addr", "show", "dev", "eth0", "scope", "link")
-        address = links[0]["addr_info"][0]["local"]
-        assert losses(lab.guests[1].run(f"{PING} -6 {address}%eth0", 15)) == 0
+        addresses = lab.net.json("ip", "-j", "-6", "addr", "show", "dev", "eth0")[0]["addr_info"]
+        (local,) = [a["local"] for a in addresses if a["scope"] == "link"]
+        assert losses(lab.guests[1].run(f"{PING} -6 {local}%eth0", 15)) == 0
 
     def test_duplicate_address_is_detected(self, lab: Lab) -> None:
         """DAD asks by multicast, and the answer comes by multicast, too."""
@@ -99,42 +112,17 @@ class TestReach:
         finally:
             guest.run(f"ip -6 addr del {NET_IP6}/64 dev eth0")
 
-    @pytest.mark.parametrize("number", [1, 2])
-    def test_multicast_reaches_every_guest(self, lab: Lab, number: int) -> None:
+    def test_multicast_reaches_every_guest(self, lab: Lab) -> None:
         """As mDNS does it: UDP to 224.0.0.251, port 5353."""
-        guest = lab.guests[number]
-        guest.run("ip addr add 224.0.0.251/32 dev eth0 autojoin")
-        try:
-            log = guest.spawn("nc -u -l -p 5353")
-            wait_in_guest(guest, "netstat -lun | grep -q :5353", "the listener")
-            with lab.net.entered():
-                sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            with sender:
-                sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(NET_IP))
-                sender.sendto(b"who is vm.local?", ("224.0.0.251", 5353))
-            wait_in_guest(guest, f"grep -q 'who is vm.local' {log}", "the multicast datagram")
-        finally:
-            guest.run("killall nc; ip addr del 224.0.0.251/32 dev eth0")
+        with joined(lab, 1), joined(lab, 2):
+            lab.net.run(peer_program(), "tell", MDNS, "5353", NET_IP, "who is vm.local?")
 
     def test_multicast_from_a_guest_reaches_network_and_guests(self, lab: Lab) -> None:
-        sender, other = lab.guests[1], lab.guests[2]
-        group = "224.0.0.251"
-        with lab.net.entered():
-            receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        other.run(f"ip addr add {group}/32 dev eth0 autojoin")
-        try:
-            with receiver:
-                receiver.settimeout(10)
-                receiver.bind((group, 5353))
-                membership = socket.inet_aton(group) + socket.inet_aton(NET_IP)
-                receiver.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
-                log = other.spawn("nc -u -l -p 5353")
-                wait_in_guest(other, "netstat -lun | grep -q :5353", "the listener")
-                sender.run(f"ip route replace {group} dev eth0; echo here is vm1 | nc -u -w 1 {group} 5353")
-                assert receiver.recvfrom(1500)[1][0] == guest_ip(1)
-            wait_in_guest(other, f"grep -q 'here is vm1' {log}", "the other guest's copy")
-        finally:
-            other.run(f"killall nc; ip addr del {group}/32 dev eth0")
+        with serve(lab, str(peer_program()), "listen", MDNS, "5353", NET_IP) as receiver:
+            receiver.wait_line("listening", 10)
+            with joined(lab, 2):
+                lab.guests[1].run(f"peer tell {MDNS} 5353 {guest_ip(1)} 'here is vm1'")
+            receiver.wait_line("heard here is vm1", 10)
 
     def test_dhcp(self, lab: Lab) -> None:
         """The server's frames come from a local stack, with offloads on: only the pseudo-header's checksum."""
@@ -180,16 +168,16 @@ class TestThroughput:
 
     def test_one_gib_to_the_guest(self, lab: Lab) -> None:
         guest = lab.guests[1]
-        log = guest.spawn(f"stream receive {guest_ip(1)} 7001")
+        log = guest.spawn(f"peer receive {guest_ip(1)} 7001")
         wait_in_guest(guest, f"grep -q listening {log}", "the receiver")
-        sent = lab.net.run(stream_program(), "send", guest_ip(1), "7001", str(GIB), "23", timeout=120).stdout
+        sent = lab.net.run(peer_program(), "send", guest_ip(1), "7001", str(GIB), "23", timeout=120).stdout
         wait_in_guest(guest, f"grep -q ^{GIB} {log}", "the receiver's checksum")
         assert guest.run(f"tail -n 1 {log}") == sent
 
     def test_one_gib_from_the_guest(self, lab: Lab) -> None:
-        with serve(lab, str(stream_program()), "receive", NET_IP, "7002") as receiver:
+        with serve(lab, str(peer_program()), "receive", NET_IP, "7002") as receiver:
             receiver.wait_line("listening", 10)
-            sent = lab.guests[1].run(f"stream send {NET_IP} 7002 {GIB} 29", 120)
+            sent = lab.guests[1].run(f"peer send {NET_IP} 7002 {GIB} 29", 120)
             assert receiver.wait(10) == 0
             assert receiver.log().splitlines()[-1] == sent.strip()
 
@@ -231,9 +219,9 @@ class TestHost:
     def test_host_tcp_both_ways(self, lab: Lab) -> None:
         size = str(64 << 20)
         for server, client, address in ((lab.host, lab.net, HOST_IP), (lab.net, lab.host, NET_IP)):
-            with server.start(stream_program(), "receive", address, "7003") as receiver:
+            with server.start(peer_program(), "receive", address, "7003") as receiver:
                 receiver.wait_line("listening", 10)
-                sent = client.run(stream_program(), "send", address, "7003", size, "31").stdout
+                sent = client.run(peer_program(), "send", address, "7003", size, "31").stdout
                 assert receiver.wait(10) == 0
                 assert receiver.log().splitlines()[-1] == sent.strip()
 
@@ -267,14 +255,14 @@ class TestHost:
         pid = lab.daemon.pid
         begin = (time.monotonic(), cpu_seconds(pid))
 
-        def quiet() -> float | None:
+        def quiet() -> bool:
             nonlocal begin
             now = (time.monotonic(), cpu_seconds(pid))
             if now[0] - begin[0] < 1.5:
-                return None
+                return False
             share = (now[1] - begin[1]) / (now[0] - begin[0])
             begin = now
-            return share if share < 0.02 else None
+            return share < 0.02
 
         wait_for(quiet, 15, "the idle daemon to use under 2 % of a CPU", interval=0.1)
 

@@ -74,11 +74,11 @@ class Daemon:
         self.iface = iface
         self.run_dir = run_dir or namespace.directory / "run"
         self.metrics_address = metrics
-        argv: list[str | Path] = [PROGRAM, "up", "--iface", iface, "--run-dir", self.run_dir, "--metrics", metrics]
-        argv += options
+        arguments = ["up", "--iface", iface, "--run-dir", str(self.run_dir), "--metrics", metrics, *options]
         for guest in guests:
-            argv += ["--guest", guest]
-        self.process: Process = namespace.start(*argv, own_sysfs=True, env=env)
+            arguments += ["--guest", guest]
+        self.command = ["xdpvhost", *arguments]
+        self.process: Process = namespace.start(PROGRAM, *arguments, own_sysfs=True, env=env)
         try:
             self.process.wait_line(r"\bready: ", deadline)
         except BaseException:

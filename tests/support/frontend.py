@@ -86,6 +86,7 @@ class GuestMemory:
         self.fd = os.memfd_create("guest", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, size)
         self.map = mmap.mmap(self.fd, size)
+        self._words = memoryview(self.map).cast("H")  # 16 bits in one store, which struct.pack_into does not promise
         self._next = 0
 
     @property
@@ -119,12 +120,13 @@ class GuestMemory:
         return self.map[at : at + size]
 
     def u16(self, gpa: int) -> int:
-        return int(struct.unpack_from("<H", self.map, gpa - self.gpa)[0])
+        return self._words[(gpa - self.gpa) // 2]
 
     def set_u16(self, gpa: int, value: int) -> None:
-        struct.pack_into("<H", self.map, gpa - self.gpa, value & 0xFFFF)
+        self._words[(gpa - self.gpa) // 2] = value & 0xFFFF
 
     def close(self) -> None:
+        self._words.release()
         self.map.close()
         os.close(self.fd)
 

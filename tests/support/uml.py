@@ -37,7 +37,7 @@ from .process import Process, WaitTimeout, run
 KERNEL = Path("/usr/bin/linux.uml")
 MODULE_ROOT = Path("/usr/lib/uml/modules")
 MODULES = ("virtio_net", "ipv6")
-PROGRAMS = ("iperf3", "ethtool", "ip", "ping")
+PROGRAMS = ("dash", "iperf3", "ethtool", "ip", "ping")
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 BOOT_DEADLINE = 60.0
 
@@ -54,7 +54,7 @@ stty raw -echo <&3
 echo ready >&3
 while read -r id limit script <&3; do
     echo "$script" | base64 -d >/tmp/.script
-    timeout -s KILL "$limit" sh /tmp/.script </dev/null >/tmp/.output."$id" 2>&1 3>&-
+    timeout -s KILL "$limit" /bin/sh /tmp/.script </dev/null >/tmp/.output."$id" 2>&1 3>&-
     status=$?
     { printf '%s %s ' "$id" "$status"; base64 -w 0 </tmp/.output."$id"; echo; } >&3
     rm -f /tmp/.output."$id"
@@ -99,7 +99,10 @@ def module_files(names: Sequence[str] = MODULES) -> list[Path]:
 def _libraries(program: str) -> list[str]:
     lines = run(["ldd", program]).stdout.splitlines()
     words = [line.split("=>")[-1].split()[0] for line in lines if "/" in line]
-    return [w for w in words if w.startswith("/")]
+    found = [w for w in words if w.startswith("/")]
+    # glibc loads it by itself when a thread is cancelled; iperf3 does that.
+    found += [str(Path(w).with_name("libgcc_s.so.1")) for w in found if Path(w).name == "libc.so.6"]
+    return found
 
 
 class _Cpio:
@@ -148,10 +151,10 @@ def _program(name: str) -> str:
     return os.path.realpath(path)
 
 
-def stream_program() -> Path:
-    """tests/support/stream.c, compiled; guests have it as `stream`."""
-    source = Path(__file__).with_name("stream.c")
-    program = CACHE / f"stream-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+def peer_program() -> Path:
+    """tests/support/peer.c, compiled; guests have it as `peer`."""
+    source = Path(__file__).with_name("peer.c")
+    program = CACHE / f"peer-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
     if not program.exists():
         CACHE.mkdir(exist_ok=True)
         temporary = program.with_suffix(f".{os.getpid()}")
@@ -162,7 +165,7 @@ def stream_program() -> Path:
 
 def initramfs(programs: Sequence[str] = PROGRAMS) -> Path:
     """The guest's file system image, made again only when a part of it changed. Kept in .cache/."""
-    paths = {name: _program(name) for name in programs} | {"stream": str(stream_program())}
+    paths = {name: _program(name) for name in programs} | {"peer": str(peer_program())}
     busybox = _program("busybox")
     modules = module_files()
     inputs = [busybox, *paths.values(), *map(str, modules)]
@@ -185,8 +188,9 @@ def initramfs(programs: Sequence[str] = PROGRAMS) -> Path:
     cpio.file("etc/group", b"root:x:0:\n", 0o644)
     cpio.file("bin/busybox", Path(busybox).read_bytes())
     for applet in run([busybox, "--list"]).stdout.split():
-        if applet != "busybox" and applet not in paths:
+        if applet not in ("busybox", "sh", *paths):
             cpio.link(f"bin/{applet}", "busybox")
+    cpio.link("bin/sh", "dash")  # busybox's own shell would run its applets instead of the programs below
     libraries: set[str] = set()
     for name, path in paths.items():
         cpio.file(f"bin/{name}", Path(path).read_bytes())
@@ -316,7 +320,7 @@ class UmlGuest:
     def spawn(self, command: str) -> str:
         """Starts a command in the background; returns the name of its log file in the guest."""
         log = f"/tmp/log.{self._next_id}"
-        self.run(f"setsid sh -c {shlex.quote(command)} </dev/null >{log} 2>&1 &")
+        self.run(f"setsid /bin/sh -c {shlex.quote(command)} </dev/null >{log} 2>&1 &")
         return log
 
     def configure(self, *addresses: str, device: str = "eth0") -> None:

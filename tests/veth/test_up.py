@@ -19,6 +19,7 @@ import pytest
 
 from support.daemon import PROGRAM, Daemon
 from support.frames import PacketSocket, udp_frame
+from support.frontend import NetDevice
 from support.netns import QUEUES, Namespace, World
 from support.process import wait_for
 
@@ -232,6 +233,76 @@ def test_a_guests_nonsense_ends_its_connection_only(host: Host) -> None:
             again.connect(str(daemon.socket("vm2")))
             daemon.wait_connected("vm2")
         assert daemon.metrics().total("xdpvhost_guest_reconnects_total", guest="vm2") == 1
+
+
+def test_a_connected_guest_is_counted_both_ways(host: Host) -> None:
+    """23 in, 23 out: frames, bytes and copied bytes agree everywhere, in metrics, status and stats."""
+    with host.up(VM1, VM2) as daemon, NetDevice(daemon.socket("vm1")) as vm1:
+        vm1.up()
+        vm1.post(64)
+        daemon.wait_connected("vm1")
+        send(host, MAC1)
+        assert len(vm1.receive(COUNT)) == COUNT
+        with PacketSocket(host.net, "net0") as wire:
+            for number in range(COUNT):
+                vm1.send(udp_frame(host.net.mac("net0"), MAC1, number=number))
+            wire.wait_received(MAC1, COUNT)
+        metrics = daemon.wait_metric(COUNT, "xdpvhost_xsk_transmit_packets_total")
+        for name in ("xdp_verdicts", "xsk_receive_packets", "guest_rx_packets", "guest_tx_packets"):
+            assert metrics.total(f"xdpvhost_{name}_total", guest="vm1") == COUNT
+        for name in ("xsk_receive_bytes", "guest_rx_bytes", "guest_tx_bytes", "copied_bytes"):
+            assert metrics.total(f"xdpvhost_{name}_total", guest="vm1") == 64 * COUNT
+        assert metrics.total("xdpvhost_xsk_transmit_bytes_total") == 64 * COUNT
+        assert metrics.by("direction", "xdpvhost_copied_bytes_total") == {"guest": 64 * COUNT, "nic": 64 * COUNT}
+        assert metrics.total("xdpvhost_guest_drops_total") == 0
+        assert metrics.total("xdpvhost_guest_kicks_total", guest="vm1", direction="tx") > 0
+        assert metrics.total("xdpvhost_guest_calls_total", guest="vm1", direction="rx") > 0
+        guest = daemon.guest("vm1")
+        assert (guest["rx"]["packets"], guest["tx"]["packets"], guest["rx"]["copied_bytes"]) == (
+            COUNT,
+            COUNT,
+            64 * COUNT,
+        )
+        assert {"VERSION_1", "MRG_RXBUF"} <= set(guest["feature_names"])
+        assert "VERSION_1" in daemon.cli("status")
+
+
+def test_a_fault_in_a_ring_costs_its_guest_the_connection_and_nobody_else(host: Host) -> None:
+    with (
+        host.up(VM1, VM2) as daemon,
+        NetDevice(daemon.socket("vm1")) as vm1,
+        NetDevice(daemon.socket("vm2")) as vm2,
+    ):
+        vm1.up()
+        vm1.post(64)
+        vm2.up()
+        vm2.tx().push(0x7FFF)
+        vm2.tx().publish()
+        assert vm2.front.disconnected()
+        daemon.wait_connected("vm2", connected=False)
+        assert daemon.metrics().total("xdpvhost_guest_protocol_errors_total", guest="vm2", reason="datapath") == 1
+        assert "guest 'vm2': front-end disconnected: " in daemon.process.log()
+        send(host, MAC1)
+        assert len(vm1.receive(COUNT)) == COUNT
+        with NetDevice(daemon.socket("vm2")) as again:
+            again.up()
+            again.post(64)
+            send(host, MAC2)
+            assert len(again.receive(COUNT)) == COUNT
+        assert daemon.metrics().total("xdpvhost_guest_protocol_errors_total") == 1
+
+
+def test_a_guest_is_removed_while_it_is_connected(host: Host) -> None:
+    with host.up(VM1, VM2) as daemon, NetDevice(daemon.socket("vm1")) as vm1, NetDevice(daemon.socket("vm2")) as vm2:
+        for device in (vm1, vm2):
+            device.up()
+            device.post(64)
+        daemon.cli("guest", "rm", "vm1")
+        assert vm1.front.disconnected()
+        send(host, MAC2)
+        assert len(vm2.receive(COUNT)) == COUNT
+        daemon.down()
+        assert vm2.front.disconnected()
 
 
 def test_client_mode_waits_for_the_front_end(host: Host) -> None:

@@ -1,14 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Sends or receives a fixed number of pseudo-random bytes over TCP and prints their SHA-256.
+ * What the tests need on both sides of a guest's NIC and busybox does not have.
  *
- *	stream send ADDRESS PORT BYTES SEED
- *	stream receive ADDRESS PORT
+ *	peer send ADDRESS PORT BYTES SEED	pseudo-random bytes over TCP; prints their number and SHA-256
+ *	peer receive ADDRESS PORT		the other side; ends when the sender does, prints the same
+ *	peer tell GROUP PORT ADDRESS TEXT	one datagram to a multicast group, by the interface with ADDRESS
+ *	peer listen GROUP PORT ADDRESS		joins the group there, prints the first datagram
  *
  * The bytes are the AES-128-CTR key stream of SEED, so no two places in them are alike: a lost, doubled or swapped
- * segment changes the sum. It exists because a guest under User-Mode Linux pays some 70 us for each system call, and
- * `openssl dgst` reads 8 KiB at a time. `receive` prints "listening" when it does, and ends when the sender does.
+ * segment changes the sum. A guest under User-Mode Linux pays some 70 us for each system call, and `openssl dgst`
+ * reads 8 KiB at a time: hence the large blocks. What waits for a peer prints "listening" when it does.
  */
+#include <arpa/inet.h>
 #include <netdb.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -119,16 +122,11 @@ static int receive_stream(int listener, EVP_MD_CTX *sum)
 	return print_sum(sum, bytes);
 }
 
-int main(int argc, char **argv)
+static int transfer(char **argv, int sending)
 {
 	EVP_MD_CTX *sum = EVP_MD_CTX_new();
-	int sending = argc == 6 && strcmp(argv[1], "send") == 0;
 	int fd;
 
-	if (!sending && !(argc == 4 && strcmp(argv[1], "receive") == 0)) {
-		fprintf(stderr, "usage: stream send ADDRESS PORT BYTES SEED | stream receive ADDRESS PORT\n");
-		return 2;
-	}
 	if (!sum || !EVP_DigestInit_ex(sum, EVP_sha256(), NULL))
 		return 1;
 	fd = tcp_socket(argv[2], argv[3], !sending);
@@ -136,4 +134,47 @@ int main(int argc, char **argv)
 		return fail(sending ? "connect" : "listen");
 	return sending ? send_stream(fd, strtoull(argv[4], NULL, 10), strtoull(argv[5], NULL, 10), sum)
 		       : receive_stream(fd, sum);
+}
+
+static int multicast(char **argv, const char *text)
+{
+	struct sockaddr_in group = { .sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(argv[3])) };
+	struct ip_mreq membership;
+	int fd = socket(AF_INET, SOCK_DGRAM, 0);
+	ssize_t n;
+
+	if (!inet_aton(argv[2], &group.sin_addr) || !inet_aton(argv[4], &membership.imr_interface))
+		return fail("address");
+	membership.imr_multiaddr = group.sin_addr;
+	if (text) {
+		if (setsockopt(fd, IPPROTO_IP, IP_MULTICAST_IF, &membership.imr_interface, sizeof(struct in_addr)) != 0)
+			return fail("IP_MULTICAST_IF");
+		n = sendto(fd, text, strlen(text), 0, (struct sockaddr *)&group, sizeof(group));
+		return n < 0 ? fail("sendto") : 0;
+	}
+	if (bind(fd, (struct sockaddr *)&group, sizeof(group)) != 0 ||
+	    setsockopt(fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, &membership, sizeof(membership)) != 0)
+		return fail("joining the group");
+	printf("listening\n");
+	fflush(stdout);
+	n = recv(fd, block, BLOCK, 0);
+	if (n < 0)
+		return fail("recv");
+	printf("heard %.*s\n", (int)n, block);
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	if (argc == 6 && strcmp(argv[1], "send") == 0)
+		return transfer(argv, 1);
+	if (argc == 4 && strcmp(argv[1], "receive") == 0)
+		return transfer(argv, 0);
+	if (argc == 6 && strcmp(argv[1], "tell") == 0)
+		return multicast(argv, argv[5]);
+	if (argc == 5 && strcmp(argv[1], "listen") == 0)
+		return multicast(argv, NULL);
+	fprintf(stderr, "usage: peer send ADDRESS PORT BYTES SEED | receive ADDRESS PORT | "
+			"tell GROUP PORT ADDRESS TEXT | listen GROUP PORT ADDRESS\n");
+	return 2;
 }

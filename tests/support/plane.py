@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real data plane and switch without a NIC: guests on vhost-user sockets, in this process and without root."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+from xdpvhost.config import GuestSpec
+from xdpvhost.datapath import Datapath
+from xdpvhost.switch import GuestEntry, Switch
+from xdpvhost.vhost.endpoint import Endpoint
+
+from .endpoint import Loop
+
+
+class NoNic:
+    """A NIC without queues: what no guest owns is dropped as `no_uplink`."""
+
+    mtu = 1500
+    queues: Sequence[Any] = ()
+    mcast = None
+
+    def add_guest(self, slot: int, name: str, macs: Sequence[tuple[int, bytes]]) -> list[Any]:
+        return []
+
+    def steer(self, slot: int) -> None:
+        pass
+
+    def unsteer(self, slot: int) -> None:
+        pass
+
+    def remove_guest(self, slot: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Plane:
+    """Workers, a switch, and endpoints in a loop of their own. Guests get MAC 52:54:00:00:00:NN in order."""
+
+    def __init__(self, directory: Path, workers: int = 1, poll: str = "adaptive") -> None:
+        self._directory = directory
+        self._stack = ExitStack()
+        self.loop = Loop()
+        self._stack.callback(self.loop.close)
+        self.dp = Datapath(workers, poll)
+        self._stack.callback(self.dp.close)
+        self.switch = Switch(self.dp)
+        self.loop.call(lambda: self.switch.add_nic(cast(Any, NoNic())))
+        self._stack.callback(self.loop.call, self.switch.close)
+        self.dp.start()
+        self.loop.call(lambda: self.loop.loop.add_reader(self.dp.event_fd, self._event))
+        self._stack.callback(self.loop.call, lambda: self.loop.loop.remove_reader(self.dp.event_fd))
+        self.endpoints: dict[str, Endpoint] = {}
+        self.faults: list[tuple[str, str]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _t: type[BaseException] | None, _e: BaseException | None, _tb: TracebackType | None) -> None:
+        self._stack.close()
+
+    def guest(self, pairs: int = 1) -> GuestEntry:
+        """Configures one more guest and serves its socket."""
+        number = len(self.endpoints) + 1
+        name = f"vm{number}"
+        spec = GuestSpec(name, bytes((0x52, 0x54, 0, 0, 0, number)), pairs, self._directory / f"{name}.sock")
+        entry = self.loop.call(lambda: self.switch.add_guest(spec))
+        endpoint = Endpoint(spec, entry)
+        self.loop.call(endpoint.open)
+        running: Future[None] = asyncio.run_coroutine_threadsafe(endpoint.run(), self.loop.loop)
+        self.endpoints[name] = endpoint
+        self._stack.callback(self._end, endpoint, running)
+        return entry
+
+    def _end(self, endpoint: Endpoint, running: Future[None]) -> None:
+        asyncio.run_coroutine_threadsafe(endpoint.close(), self.loop.loop).result(10)
+        running.result(10)
+
+    def _event(self) -> None:
+        """As the daemon does it: a guest that the data plane gave up loses its connection."""
+        import os
+
+        os.read(self.dp.event_fd, 8)
+        for entry, why in self.switch.faulted():
+            self.faults.append((entry.name, why))
+            self.endpoints[entry.name].disconnect(why)

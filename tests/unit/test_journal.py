@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal on disk: what it remembers after a crash at any point."""
+
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xdpvhost.errors import NicError, XdpvhostError
+from xdpvhost.links.journal import Journal
+from xdpvhost.links.undo import handlers
+
+
+class Host:
+    """Remembers what was undone, and refuses what it is told to refuse."""
+
+    def __init__(self) -> None:
+        self.undone: list[int] = []
+        self.refuse: set[int] = set()
+
+    def undo(self, args: Mapping[str, Any]) -> str:
+        number = args["number"]
+        if number in self.refuse:
+            raise NicError(f"number {number}: not now")
+        self.undone.append(number)
+        return f"number {number}"
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "journal.jsonl"
+
+
+def journal(path: Path, host: Host) -> Journal:
+    return Journal(path, {"number": host.undo})
+
+
+def test_backwards_and_only_what_is_pending(path: Path, host: Host) -> None:
+    first = journal(path, host)
+    entries = [first.record("number", number=number) for number in range(5)]
+    first.done(entries[2])
+    first.done(entries[2])
+    second = journal(path, host)
+    assert [item.detail for item in second.replay_undo()] == ["number 4", "number 3", "number 1", "number 0"]
+    assert host.undone == [4, 3, 1, 0]
+    assert not path.exists()
+    assert journal(path, host).replay_undo() == []
+
+
+def test_amended(path: Path, host: Host) -> None:
+    first = journal(path, host)
+    first.amend(first.record("number", number=1), program_id=7)
+    assert [entry.args for entry in journal(path, host).pending()] == [{"number": 1, "program_id": 7}]
+
+
+def test_numbers_go_on(path: Path, host: Host) -> None:
+    first = journal(path, host)
+    first.record("number", number=0)
+    first.done(first.record("number", number=1))
+    second = journal(path, host)
+    assert second.record("number", number=2).id == 3
+    assert [entry.args["number"] for entry in journal(path, host).pending()] == [0, 2]
+
+
+def test_what_fails_stays(path: Path, host: Host) -> None:
+    host.refuse = {1}
+    first = journal(path, host)
+    for number in range(3):
+        first.record("number", number=number)
+    undone = first.replay_undo()
+    assert [(item.args["number"], item.ok) for item in undone] == [(2, True), (1, False), (0, True)]
+    assert undone[1].detail == "number 1: not now"
+    host.refuse.clear()
+    assert [item.ok for item in journal(path, host).replay_undo()] == [True]
+    assert host.undone == [2, 0, 1]
+
+
+def test_a_crash_while_writing(path: Path, host: Host) -> None:
+    """Cut at every byte, the journal has the entries whose lines are whole, and can be written on."""
+    first = journal(path, host)
+    for number in range(3):
+        first.record("number", number=number)
+    whole = path.read_bytes()
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        again = journal(path, host)
+        found = list(range(whole[:size].count(b"\n")))
+        assert [entry.args["number"] for entry in again.pending()] == found
+        again.record("number", number=9)
+        assert [entry.args["number"] for entry in journal(path, host).pending()] == [*found, 9]
+
+
+@pytest.mark.parametrize(
+    "line", ["nonsense", "[]", "{}", '{"id": 1, "kind": "number"}', '{"id": "x", "kind": "", "args": {}}']
+)
+def test_damage(path: Path, host: Host, line: str) -> None:
+    path.write_text(f'{line}\n{{"id": 2, "kind": "number", "args": {{}}}}\n')
+    with pytest.raises(XdpvhostError, match=r"journal\.jsonl: line 1 is damaged"):
+        journal(path, host)
+
+
+def test_unknown_kind_stays(path: Path, host: Host) -> None:
+    journal(path, host).record("spell", number=1)
+    undone = journal(path, host).replay_undo()
+    assert not undone[0].ok
+    assert "unknown kind 'spell'" in undone[0].detail
+    assert journal(path, host).pending()
+
+
+def test_only_its_owner_reads_it(path: Path, host: Host) -> None:
+    journal(path, host).record("number", number=1)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_every_kind_has_a_handler() -> None:
+    assert set(handlers()) == {"link_up", "features", "channels", "xdp"}
