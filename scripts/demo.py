@@ -98,7 +98,7 @@ def flow_table(flows: list[Flow]) -> Table:
 
 def flow_line(flows: list[Flow]) -> str:
     busy = [f"{f.guest} {f.direction} {f.packet_rate:,.0f} packets/s {f.bit_rate / 1e6:,.0f} Mbit/s" for f in flows]
-    return "   " + ", ".join(text for text, f in zip(busy, flows, strict=True) if f.packet_rate >= 1)
+    return "   " + (", ".join(text for text, f in zip(busy, flows, strict=True) if f.packet_rate >= 1) or "idle")
 
 
 def watch(lab: Lab, work: Callable[[], str]) -> str:

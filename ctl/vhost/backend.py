@@ -150,7 +150,7 @@ class VhostUserDevice:
     # ---- one message ----
 
     def _wants_ack(self, received: Message) -> bool:
-        """REPLY_ACK counts from the message after the one that negotiated it."""
+        """REPLY_ACK counts from the message on that negotiates it: User-Mode Linux waits for that one's answer."""
         entry = TABLE.get(received.header.request)
         own_reply = entry is not None and entry.replies
         return received.header.need_reply and not own_reply and ProtocolFeature.REPLY_ACK in self._protocol_features
@@ -158,7 +158,6 @@ class VhostUserDevice:
     def _dispatch(self, received: Message) -> bytes | None:
         """Checks and serves one message; the reply's payload, or None. Raises ProtocolError."""
         number = received.header.request
-        wants_ack = self._wants_ack(received)
         entry = TABLE.get(number)
         if entry is None or (entry.needs and entry.needs not in OFFERED):
             raise ProtocolError(Violation.REQUEST, f"{request_name(number)} is not a request that xdpvhost offers")
@@ -174,10 +173,10 @@ class VhostUserDevice:
             answer = entry.handler(self, payload, received.fds)
         except RequestRefused as refused:
             log.warning("guest %r: %s: %s", self._port.name, request_name(number), refused)
-            return ACK_FAILED if wants_ack else None
+            return ACK_FAILED if self._wants_ack(received) else None
         except ProtocolError as error:
             raise ProtocolError(error.violation, f"{request_name(number)}: {error}") from error
-        if answer is None and wants_ack:
+        if answer is None and self._wants_ack(received):
             return ACK_OK
         return answer
 

@@ -185,25 +185,33 @@ static void unregister(struct source *source)
 	source->epfd = -1;
 }
 
-/* Edge-triggered: nobody has to read an eventfd to make it quiet again. */
+static void mark(struct xv_dp *dp, struct source *source, uint32_t worker, uint32_t events)
+{
+	(void)worker;
+	(void)events;
+	source->generation = dp->generation;
+}
+
+static void unregister_unmarked(struct xv_dp *dp, struct source *source, uint32_t worker, uint32_t events)
+{
+	(void)worker;
+	(void)events;
+	if (source->generation != dp->generation)
+		unregister(source);
+}
+
+/* Edge-triggered where nobody reads: an eventfd need not be emptied to be quiet again. */
 static void ensure_registered(struct xv_dp *dp, struct source *source, uint32_t worker, uint32_t events)
 {
 	struct epoll_event event = {.events = events, .data.ptr = source};
 	int epfd = dp->workers[worker].epfd;
 
-	source->generation = dp->generation;
 	if (source->fd < 0 || source->epfd == epfd)
 		return;
 	unregister(source);
 	/* -ENOSPC or -ENOMEM: the worker then finds the source's work when something else wakes it */
 	if (!epoll_ctl(epfd, EPOLL_CTL_ADD, source->fd, &event))
 		source->epfd = epfd;
-}
-
-static void unregister_if_old(struct xv_dp *dp, struct source *source)
-{
-	if (source->generation != dp->generation)
-		unregister(source);
 }
 
 typedef void (*each_source)(struct xv_dp *dp, struct source *source, uint32_t worker, uint32_t events);
@@ -229,18 +237,6 @@ static void for_each_source(struct xv_dp *dp, const struct snapshot *snap, each_
 				visit(dp, &snap->ports[p].rx[i]->kick, i % snap->nr_workers, EPOLLIN | EPOLLET);
 }
 
-static void visit_new(struct xv_dp *dp, struct source *source, uint32_t worker, uint32_t events)
-{
-	ensure_registered(dp, source, worker, events);
-}
-
-static void visit_old(struct xv_dp *dp, struct source *source, uint32_t worker, uint32_t events)
-{
-	(void)worker;
-	(void)events;
-	unregister_if_old(dp, source);
-}
-
 int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf)
 {
 	struct snapshot *old = dp->snap, *snap;
@@ -253,8 +249,10 @@ int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf)
 		snap->ports[i].guest->requests = &dp->requests;
 	}
 	dp->generation++;
-	for_each_source(dp, snap, visit_new);
-	for_each_source(dp, old, visit_old);
+	for_each_source(dp, snap, mark);
+	for_each_source(dp, old, unregister_unmarked); /* first, for a new ring may have the old one's descriptor */
+	for_each_source(dp, snap, ensure_registered);
+	snap->serial = old->serial + 1;
 	__atomic_store_n(&dp->snap, snap, __ATOMIC_SEQ_CST);
 	xv_quiesce(dp);
 	for (uint32_t i = 0; i < dp->conf.workers; i++)

@@ -17,6 +17,7 @@ struct worker {
 	bool running, parked;  /* parked: asleep, holding nothing */
 	pthread_t thread;      /* valid while running */
 	/* its own */
+	uint64_t serial;       /* of the snapshot it works on */
 	uint32_t requests_seen;
 	uint64_t mcast_due, last_work, watchdog_turns;
 	bool stalls;           /* something waits for a guest's buffers */

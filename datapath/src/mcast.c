@@ -19,7 +19,7 @@
 #define MACS 12u    /* what stands before the tag */
 
 struct mcast_slot {
-	struct mmsghdr msg;
+	struct msghdr msg;
 	struct iovec iov[2];
 	struct virtio_net_hdr hdr;
 	union {
@@ -36,13 +36,13 @@ static const struct tpacket_auxdata *auxdata(struct msghdr *msg)
 	return NULL;
 }
 
-/* False: the frame is unusable and counted. */
-static bool make_view(struct xv_mcast *mcast, struct mcast_slot *slot, uint8_t *frame, struct xv_view *view)
+/* `len`: of header and frame, as received. False: the frame is unusable and counted. */
+static bool make_view(struct xv_mcast *mcast, struct mcast_slot *slot, uint8_t *frame, uint32_t len, struct xv_view *view)
 {
-	const struct tpacket_auxdata *aux = auxdata(&slot->msg.msg_hdr);
-	uint32_t len = slot->msg.msg_len, tag = 0;
+	const struct tpacket_auxdata *aux = auxdata(&slot->msg);
+	uint32_t tag = 0;
 
-	if (len < sizeof(slot->hdr) + ETH_HEADER || slot->msg.msg_hdr.msg_flags & MSG_TRUNC) {
+	if (len < sizeof(slot->hdr) + ETH_HEADER || slot->msg.msg_flags & MSG_TRUNC) {
 		count(mcast->counters.truncated, 1);
 		return false;
 	}
@@ -69,21 +69,18 @@ static bool make_view(struct xv_mcast *mcast, struct mcast_slot *slot, uint8_t *
 
 void mcast_rx_burst(struct xv_mcast *mcast, struct xv_burst *burst)
 {
-	struct mmsghdr msgs[SLOTS];
-	int n;
-
 	burst->nr = burst->nr_segs = 0;
+	/* one call a frame: nearly always there is none, and then one recvmsg() is the cheapest way to find out */
 	for (uint32_t i = 0; i < SLOTS; i++) {
-		msgs[i] = mcast->slots[i].msg;
-		msgs[i].msg_hdr.msg_controllen = sizeof(mcast->slots[i].control);
-	}
-	n = recvmmsg(mcast->rx.fd, msgs, SLOTS, MSG_DONTWAIT, NULL);
-	for (int i = 0; i < n; i++) {
 		struct mcast_slot *slot = &mcast->slots[i];
 		struct xv_view *view = &burst->views[burst->nr];
+		ssize_t len;
 
-		slot->msg = msgs[i];
-		if (!make_view(mcast, slot, mcast->buffers + (size_t)i * SLOT_BYTES + TAG, view))
+		slot->msg.msg_controllen = sizeof(slot->control);
+		len = recvmsg(mcast->rx.fd, &slot->msg, MSG_DONTWAIT | MSG_TRUNC);
+		if (len < 0)
+			break;
+		if (!make_view(mcast, slot, mcast->buffers + (size_t)i * SLOT_BYTES + TAG, (uint32_t)len, view))
 			continue;
 		count(mcast->counters.packets, 1);
 		count(mcast->counters.bytes, view->len);
@@ -107,7 +104,7 @@ int xv_mcast_new(int fd, struct xv_mcast **out)
 	mcast->rx = (struct source){.fd = fd, .epfd = -1};
 	for (uint32_t i = 0; i < SLOTS; i++) {
 		struct mcast_slot *slot = &mcast->slots[i];
-		struct msghdr *msg = &slot->msg.msg_hdr;
+		struct msghdr *msg = &slot->msg;
 
 		slot->iov[0] = (struct iovec){&slot->hdr, sizeof(slot->hdr)};
 		slot->iov[1] = (struct iovec){mcast->buffers + (size_t)i * SLOT_BYTES + TAG, SLOT_BYTES - TAG};

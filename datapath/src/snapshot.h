@@ -60,6 +60,7 @@ struct duty { /* of one worker */
 };
 
 struct snapshot {
+	uint64_t serial; /* tells it from a later one at the same address */
 	struct port *ports;
 	struct nic *nics;
 	struct mac_entry *macs; /* mac_mask + 1 slots, at most half of them taken */

@@ -20,7 +20,7 @@
 #include "dp.h"
 #include "nethdr.h"
 
-#define MCAST_EVERY_US 20u
+#define MCAST_EVERY_US 100u
 #define PATIENCE_US 1000u
 #define PATIENCE_SHARE 8u
 #define EVENTS 64
@@ -285,13 +285,13 @@ static void sleep_until_work(struct worker *w, const struct snapshot *snap)
 		count(w->counters.sleeps, 1);
 		__atomic_store_n(&w->parked, true, __ATOMIC_SEQ_CST);
 		/* a snapshot published before `parked` was seen is found here; one published after it, by the wake-up */
-		if (__atomic_load_n(&w->dp->snap, __ATOMIC_SEQ_CST) == snap)
+		if (__atomic_load_n(&w->dp->epoch, __ATOMIC_SEQ_CST) == w->seen)
 			n = epoll_wait(w->epfd, events, EVENTS, longest_sleep(w));
 		else
 			n = 0;
 		__atomic_store_n(&w->parked, false, __ATOMIC_SEQ_CST);
 		/* while parked the snapshot may have gone, and with it what the events and `duty` point to */
-		if (__atomic_load_n(&w->dp->snap, __ATOMIC_SEQ_CST) != snap)
+		if (__atomic_load_n(&w->dp->snap, __ATOMIC_SEQ_CST)->serial != w->serial)
 			return;
 		count(w->counters.wakeups, n > 0);
 		count_events(events, n);
@@ -343,8 +343,9 @@ int xv_worker_run(struct xv_dp *dp, uint32_t index)
 		const struct snapshot *now = __atomic_load_n(&dp->snap, __ATOMIC_SEQ_CST);
 
 		/* from here on only `now` is used, so control may count on it: it was loaded after the epoch */
-		if (unlikely(now != snap)) {
+		if (unlikely(now != snap || now->serial != w->serial)) {
 			snap = now;
+			w->serial = now->serial;
 			adopt(w, snap);
 		}
 		__atomic_store_n(&w->seen, epoch, __ATOMIC_RELEASE);

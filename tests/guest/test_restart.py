@@ -16,13 +16,13 @@ from support.testpmd import TestPmd, VirtioUser
 COUNT = 23
 
 
-def exchange(lab: Lab, pmd: TestPmd) -> None:
-    """23 frames to the guest and 23 from it, on top of what was before."""
+def exchange(lab: Lab, pmd: TestPmd, pairs: int = 1) -> None:
+    """23 frames to the guest and 23 from each of its queue pairs, on top of what was before."""
     before = pmd.stats().rx_packets
     with PacketSocket(lab.net, "eth0") as wire:
         pmd.stop()
         pmd.send(COUNT, destination=lab.net_mac)
-        assert len(wire.wait_received(guest_mac(1), COUNT)) == COUNT
+        assert len(wire.wait_received(guest_mac(1), COUNT * pairs)) == COUNT * pairs
         wire.send(udp_frame(guest_mac(1), lab.net_mac, number=n) for n in range(COUNT))
         pmd.wait_received(before + COUNT)
     assert pmd.stats().rx_packets == before + COUNT
@@ -32,17 +32,17 @@ def exchange(lab: Lab, pmd: TestPmd) -> None:
 def test_kill_9_and_up_again(quiet_lab: Lab, pairs: int) -> None:
     socket = quiet_lab.directory / "guest.sock"
     guest = spec(1, queues=pairs, extra=f",socket={socket},socket-mode=client")
-    port = VirtioUser(socket, guest_mac(1), queues=1, server=True)
+    port = VirtioUser(socket, guest_mac(1), queues=pairs, server=True)
     # A front-end that listens boots only when a back-end is there, so the daemon comes first.
     daemon = quiet_lab.up([guest])
     with TestPmd([port], directory=quiet_lab.directory) as pmd:
         daemon.wait_connected("vm1")
-        exchange(quiet_lab, pmd)
+        exchange(quiet_lab, pmd, pairs)
         daemon.kill()
         again = quiet_lab.up([guest])
         again.wait_connected("vm1")
         wait_for(pmd.link_up, 10, "the guest's link", interval=0.1)
-        exchange(quiet_lab, pmd)
+        exchange(quiet_lab, pmd, pairs)
         assert quiet_lab.host.run("ping", "-c", "1", "-w", "5", HOST_IP).returncode == 0
         again.down()
     assert "xdp" not in quiet_lab.host.run("ip", "-d", "link", "show", "dev", "nic0").stdout

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import socket
 import stat
 from pathlib import Path
@@ -169,8 +170,6 @@ def test_broken_handler_ends_the_session_only(bench: Bench, monkeypatch: pytest.
 
 
 def test_shortage_of_descriptors_does_not_end_the_listener(bench: Bench) -> None:
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket(socket.AF_UNIX) as waiting:
         held = os.dup(0)

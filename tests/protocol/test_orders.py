@@ -121,7 +121,9 @@ def test_user_mode_linux(bench: Bench) -> None:
         front.tell(Request.SET_OWNER)
         front.ask_u64(Request.GET_FEATURES)
         protocol = front.ask_u64(Request.GET_PROTOCOL_FEATURES)
-        front.set_protocol_features(protocol & (P_REPLY_ACK | P_CONFIG | 1 << 5))
+        chosen = protocol & (P_REPLY_ACK | P_CONFIG | 1 << 5)
+        assert front.ask(Request.SET_PROTOCOL_FEATURES, struct.pack("=Q", chosen), flags=1 | 8) == bytes(8)
+        front.protocol_features = chosen
         ours, theirs = socket.socketpair()
         front.tell(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
         stack.callback(ours.close)

@@ -96,10 +96,7 @@ class GuestMemory:
     def split(self, *cuts: int) -> list[Slot]:
         """The same memory as several adjacent regions, cut at these offsets."""
         edges = [0, *cuts, self.size]
-        return [
-            Slot(self.gpa + start, end - start, self.user_base + start, start)
-            for start, end in pairwise(edges)
-        ]
+        return [Slot(self.gpa + start, end - start, self.user_base + start, start) for start, end in pairwise(edges)]
 
     def alloc(self, size: int, align: int = 16) -> int:
         start = -(-self._next // align) * align

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -86,8 +87,6 @@ class Plane:
 
     def _event(self) -> None:
         """As the daemon does it: a guest that the data plane gave up loses its connection."""
-        import os
-
         os.read(self.dp.event_fd, 8)
         for entry, why in self.switch.faulted():
             self.faults.append((entry.name, why))
