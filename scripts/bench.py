@@ -29,7 +29,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from support.daemon import Daemon
-from support.frontend import F_PROTOCOL, F_VERSION_1, DESC_WRITE, NO_INTERRUPT, NetDevice
+from support.frontend import DESC_WRITE, F_PROTOCOL, F_VERSION_1, NO_INTERRUPT, NetDevice
 from support.netns import Namespace, World
 from support.testpmd import PROGRAM as TESTPMD
 from support.testpmd import TestPmd, VirtioUser
@@ -227,9 +227,7 @@ class Bench:
                 return self._pmd(world, paths, size, cost)
             return self._driven(net, stack, paths, way, size, cost)
 
-    def _driven(
-        self, net: Namespace, stack: ExitStack, paths: list[Path], way: str, size: int, cost: Cost
-    ) -> Sample:
+    def _driven(self, net: Namespace, stack: ExitStack, paths: list[Path], way: str, size: int, cost: Cost) -> Sample:
         guests = [Guest(path) for path in paths[: 2 if way == "guest-guest" else 1]]
         job = Job(nanoseconds=int(self.seconds * 1e9), program_fd=-1, frame_len=size)
         rings: list[RingState] = []
@@ -278,9 +276,7 @@ class Bench:
         if error := self.library.run(byref(job)):
             raise OSError(error, f"the benchmark's driver cannot run: {os.strerror(error)}")
 
-    def _network(
-        self, net: Namespace, stack: ExitStack, job: Job, way: str, size: int
-    ) -> Callable[[], int]:
+    def _network(self, net: Namespace, stack: ExitStack, job: Job, way: str, size: int) -> Callable[[], int]:
         """The veth's other end: a source of frames for the guest, or a sink that counts."""
         ifindex = int(net.json("ip", "-j", "link", "show", "dev", "net0")[0]["ifindex"])
         obj = stack.enter_context(BpfObject(self.net_object))

@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -29,7 +30,7 @@ from typing import Any, Generic, TypeVar
 from ..errors import DatapathError
 from .connection import Connection, Message
 from .errors import ProtocolError, RequestRefused, Violation
-from .fds import Fd, FdBag, close_fd, notification_fd, signal
+from .fds import Fd, FdBag, close_fd, notification_fd
 from .memory import MappedRegion, check_table, map_region, map_table, unmap
 from .port import DevicePort
 from .rings import Rings
@@ -105,10 +106,6 @@ class VhostUserDevice:
                 if answer is not None:
                     await self._connection.send(reply(received.header.request, answer))
                 await asyncio.sleep(0)
-        except ProtocolError:
-            for ring in self._rings:
-                signal(ring.err)
-            raise
         finally:
             self.close()
 
@@ -347,7 +344,6 @@ class VhostUserDevice:
         elif ring.vring is not None:
             ring.vring.set_call(call.number if call else -1)
             self._port.quiesce()
-            signal(call)
         close_fd(old)
         self._rings.attach()
 
@@ -385,7 +381,8 @@ class VhostUserDevice:
 def send_notice(channel: Fd, data: bytes) -> None:
     """Writes to the back-end channel without waiting; a front-end that lets it fill up misses the notice."""
     try:
-        os.write(channel.number, data)
+        with socket.socket(fileno=os.dup(channel.number)) as sock:
+            sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # O_NONBLOCK is the front-end's to clear
     except OSError as error:
         log.info("back-end channel: %s", error.strerror)
 
@@ -445,7 +442,10 @@ TABLE: Mapping[int, Entry[Any]] = {
         fds=(0, 1),
     ),
     Request.SET_VRING_ERR: Entry(
-        VringFile, _D._set_vring_err, "signalled when the session ends by a protocol error", fds=(0, 1)
+        VringFile,
+        _D._set_vring_err,
+        "kept, never signalled: the front-end may make it block, and the end of the session says as much",
+        fds=(0, 1),
     ),
     Request.GET_PROTOCOL_FEATURES: Entry(
         Empty, _D._get_protocol_features, "the bits that gate rows of this table", replies=True

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""File descriptors that came over a socket: each has exactly one owner, and closing twice is harmless."""
+"""File descriptors that came over a socket: each has exactly one owner, and closing twice is harmless.
+
+Control never writes to one of them: the front-end shares its file, may clear O_NONBLOCK behind our back, and a full
+one would then block the daemon. Workers do, under a watchdog (datapath/src/dp.c).
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable
 
@@ -85,10 +88,3 @@ def notification_fd(fds: FdBag, what: str) -> Fd:
         fd.close()
         raise
     return fd
-
-
-def signal(fd: Fd | None) -> None:
-    """Adds one notification. A full or dead descriptor needs none, so failure is not an error."""
-    if fd is not None:
-        with contextlib.suppress(OSError):
-            os.write(fd.number, (1).to_bytes(8, "little"))

@@ -31,7 +31,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from ..errors import DatapathError
 from .errors import ProtocolError, Violation
-from .fds import Fd, close_fd, signal
+from .fds import Fd, close_fd
 from .port import DevicePort, Memory, Vring
 from .wire import VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ, VringAddr
 
@@ -138,11 +138,8 @@ class Rings:
         starting = [ring for ring in self._rings if ring.runnable and ring.vring is None]
         for ring in starting:
             ring.vring = self._build(ring, self.memory, memory_incomplete)
-        started = [ring for ring in starting if ring.vring is not None]
-        if started:
+        if any(ring.vring is not None for ring in starting):
             self.publish()
-        for ring in started:
-            signal(ring.call)
 
     def stop(self, rings: Iterable[Ring]) -> None:
         """Stops rings: they leave the data plane, and only a new kick descriptor starts them again."""

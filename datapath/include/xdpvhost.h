@@ -246,7 +246,8 @@ XV_API void xv_mem_free(struct xv_mem *mem);
 XV_API int xv_vring_new(struct xv_mem *mem, const struct xv_vring_conf *conf, struct xv_vring **out);
 XV_API void xv_vring_free(struct xv_vring *vring);
 XV_API uint32_t xv_vring_base(const struct xv_vring *vring); /* next avail index to be read */
-XV_API void xv_vring_set_call(struct xv_vring *vring, int call_fd); /* then xv_quiesce() before the old fd is closed */
+/* Interrupt through call_fd from now on, and once at once; then xv_quiesce() before the old one is closed. */
+XV_API void xv_vring_set_call(struct xv_vring *vring, int call_fd);
 XV_API void xv_vring_set_enabled(struct xv_vring *vring, int enabled);
 
 /* ---- NIC side ---- */

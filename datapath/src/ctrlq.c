@@ -24,6 +24,28 @@ static bool rx_mode(struct xv_guest *guest, uint8_t command, const uint8_t *data
 	return true;
 }
 
+/*
+ * Unicast and multicast tables: a count and that many addresses each. The guest gets what it asks for and more, which
+ * the specification allows (virtio 1.2, 5.1.6.5.2): its own unicast address and all multicast.
+ */
+static bool mac_tables(const uint8_t *data, uint32_t len)
+{
+	for (int table = 0; table < 2; table++) {
+		uint32_t entries;
+
+		if (len < sizeof(entries))
+			return false;
+		entries = (uint32_t)le16(data) | (uint32_t)le16(data + 2) << 16;
+		data += sizeof(entries);
+		len -= (uint32_t)sizeof(entries);
+		if (entries > len / 6)
+			return false;
+		data += 6 * entries;
+		len -= 6 * entries;
+	}
+	return !len;
+}
+
 static bool queue_pairs(struct xv_guest *guest, uint8_t command, const uint8_t *data, uint32_t len, uint32_t max_pairs)
 {
 	uint16_t pairs;
@@ -44,6 +66,9 @@ static bool execute(struct xv_vring *vr, uint64_t features, uint32_t max_pairs, 
 	switch (cmd[0]) {
 	case VIRTIO_NET_CTRL_RX:
 		return features & 1ull << VIRTIO_NET_F_CTRL_RX && rx_mode(vr->guest, cmd[1], cmd + 2, len - 2);
+	case VIRTIO_NET_CTRL_MAC:
+		return features & 1ull << VIRTIO_NET_F_CTRL_RX && cmd[1] == VIRTIO_NET_CTRL_MAC_TABLE_SET &&
+		       mac_tables(cmd + 2, len - 2);
 	case VIRTIO_NET_CTRL_MQ:
 		return features & 1ull << VIRTIO_NET_F_MQ && queue_pairs(vr->guest, cmd[1], cmd + 2, len - 2, max_pairs);
 	case VIRTIO_NET_CTRL_ANNOUNCE:

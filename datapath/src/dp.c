@@ -123,6 +123,15 @@ void worker_wake(struct worker *w)
 		return; /* EAGAIN: it has a wake-up pending */
 }
 
+void dp_request(struct xv_dp *dp)
+{
+	if (!dp)
+		return;
+	__atomic_fetch_add(&dp->requests, 1u, __ATOMIC_RELEASE);
+	for (uint32_t i = 0; i < dp->conf.workers; i++)
+		worker_wake(&dp->workers[i]);
+}
+
 void xv_dp_stop(struct xv_dp *dp)
 {
 	store_release(&dp->stopping, true);
@@ -246,7 +255,7 @@ int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf)
 		return result;
 	for (uint32_t i = 0; i < snap->nr_ports; i++) {
 		snap->ports[i].guest->event_fd = dp->event_fd;
-		snap->ports[i].guest->requests = &dp->requests;
+		snap->ports[i].guest->dp = dp;
 	}
 	dp->generation++;
 	for_each_source(dp, snap, mark);

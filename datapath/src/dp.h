@@ -33,7 +33,7 @@ struct xv_dp {
 	int event_fd;
 	struct snapshot *snap;
 	uint64_t epoch;        /* moved by xv_publish() and xv_quiesce() */
-	uint32_t requests;     /* moved when a guest wants to be announced */
+	uint32_t requests;     /* moved when a guest is to be announced or interrupted */
 	uint32_t generation;   /* of sources registered with epoll */
 	bool stopping;
 	uint64_t cycles_per_us;

@@ -79,6 +79,5 @@ void xv_guest_announce(struct xv_guest *guest, const uint8_t mac[6])
 
 	memcpy(&word, mac, 6);
 	store_release(&guest->announce, word | 1ull << 63);
-	if (guest->requests)
-		__atomic_fetch_add(guest->requests, 1u, __ATOMIC_RELEASE);
+	dp_request(guest->dp);
 }

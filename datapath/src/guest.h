@@ -17,12 +17,15 @@ struct xv_guest {
 	uint64_t announce; /* MAC in the low 48 bits and bit 63: a RARP is asked for */
 	int event_fd;      /* the data plane's, -1 until first published */
 	uint32_t max_pairs;
-	uint32_t *requests; /* the data plane's request counter */
+	struct xv_dp *dp;  /* NULL until first published */
 	struct guest_queue queues[];
 };
 
 /* Give the guest up: the first fault is kept, control is told. Async-signal-safe. */
 void guest_fault(struct xv_guest *guest, enum xv_fault_code code, uint32_t ring, uint64_t detail);
+
+/* Have a worker look for what control asked of this guest's rings; nothing before it is published. In dp.c. */
+void dp_request(struct xv_dp *dp);
 
 static inline bool guest_faulted(const struct xv_guest *guest)
 {

@@ -213,6 +213,7 @@ int xv_vring_new(struct xv_mem *mem, const struct xv_vring_conf *conf, struct xv
 	vr->call_fd = conf->call_fd;
 	vr->call_is_socket = is_socket(conf->call_fd);
 	vr->enabled = conf->enabled;
+	vr->call_asked = true; /* an interrupt may have been lost with whoever served the ring before */
 	vr->kick = (struct source){.fd = conf->kick_fd, .epfd = -1};
 	/*
 	 * Every buffer is used in the order it was made available and before the turn ends, so the used index that the
@@ -241,10 +242,12 @@ uint32_t xv_vring_base(const struct xv_vring *vr)
 
 void xv_vring_set_call(struct xv_vring *vr, int call_fd)
 {
-	/* between the two stores a worker may use write() on a socket or send() on an eventfd: one lost interrupt, which
-	 * control makes up for by signalling the new descriptor once */
+	/* between the two stores a worker may use write() on a socket or send() on an eventfd: a lost interrupt, which the
+	 * one asked for here makes up for, as it does for those that the old descriptor swallowed */
 	vr->call_is_socket = is_socket(call_fd);
 	store_release(&vr->call_fd, call_fd);
+	store_release(&vr->call_asked, true);
+	dp_request(vr->guest->dp);
 }
 
 void xv_vring_set_enabled(struct xv_vring *vr, int enabled)

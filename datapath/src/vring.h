@@ -38,7 +38,7 @@ struct xv_vring {
 	bool event_idx, indirect, mergeable, csum, guest_csum, call_is_socket;
 	/* set by control while it runs */
 	int call_fd;
-	bool enabled;
+	bool enabled, call_asked; /* call_asked: interrupt the guest once, whatever the ring holds */
 	/* the worker's; receive rings: whoever holds the queue's lock */
 	uint16_t last_avail, used_idx, signalled;
 	bool signalled_valid;

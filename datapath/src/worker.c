@@ -163,6 +163,14 @@ static void announce(struct worker *w, const struct snapshot *snap, const struct
 	switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
 }
 
+static void call_if_asked(struct worker *w, struct xv_vring *vr, uint64_t *calls)
+{
+	uint64_t failed = 0; /* full: it has an interrupt pending */
+
+	if (__atomic_exchange_n(&vr->call_asked, false, __ATOMIC_ACQ_REL))
+		vring_call(vr, calls, &failed, &w->calls.calling);
+}
+
 static void serve_requests(struct worker *w, const struct snapshot *snap)
 {
 	const struct duty *duty = &snap->duties[w->index];
@@ -171,9 +179,17 @@ static void serve_requests(struct worker *w, const struct snapshot *snap)
 	if (likely(requests == w->requests_seen))
 		return;
 	w->requests_seen = requests;
-	for (uint32_t i = 0; i < duty->nr_tx; i++)
+	for (uint32_t i = 0; i < duty->nr_tx; i++) {
+		call_if_asked(w, duty->tx[i].vring, &duty->tx[i].vring->queue->tx.calls);
 		if (!duty->tx[i].pair)
 			announce(w, snap, &duty->tx[i]);
+	}
+	for (uint32_t i = 0; i < duty->nr_ctrl; i++)
+		call_if_asked(w, duty->ctrl[i].vring, &duty->ctrl[i].vring->queue->tx.calls);
+	for (uint32_t p = 0; p < snap->nr_ports; p++)
+		for (uint32_t i = 0; i < snap->ports[p].nr_rx; i++)
+			if (snap->ports[p].rx[i])
+				call_if_asked(w, snap->ports[p].rx[i], &snap->ports[p].rx[i]->queue->rx.calls);
 }
 
 /* ---- a turn ---- */
@@ -311,6 +327,7 @@ static void adopt(struct worker *w, const struct snapshot *snap)
 		duty->tx[i].vring->stalled_on = NULL;
 	for (uint32_t i = 0; i < duty->nr_xsk; i++)
 		duty->xsk[i].xsk->stalled_on = NULL;
+	w->requests_seen = load_acquire(&w->dp->requests) - 1; /* new rings may ask for an interrupt */
 	w->dirty.nr = 0;
 	for (uint32_t i = 0; i < snap->nr_nics; i++)
 		for (uint32_t q = w->index; q < snap->nics[i].nr_queues; q += snap->nr_workers)

@@ -347,19 +347,6 @@ def test_storm_of_state_changes(bench: Bench) -> None:
         assert running(bench) == [1]
 
 
-def test_error_descriptor_is_signalled(bench: Bench) -> None:
-    fd = os.eventfd(0, os.EFD_NONBLOCK)
-    try:
-        with bench.device() as device:
-            device.up()
-            device.front.file(Request.SET_VRING_ERR, 0, fd)
-            device.front.send(Request.GPU_SET_SOCKET)
-            assert device.front.disconnected()
-        assert os.eventfd_read(fd) == 1
-    finally:
-        os.close(fd)
-
-
 def test_config_changed_is_told(bench: Bench) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs, bench.connect() as front:

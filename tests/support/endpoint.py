@@ -62,8 +62,17 @@ class FakeVring:
     closed: bool = False
     calls: list[int] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.call()
+
     def set_call(self, fd: int) -> None:
         self.call_fd = fd
+        self.call()
+
+    def call(self) -> None:
+        """What a worker does with a new descriptor."""
+        if self.call_fd >= 0:
+            os.write(self.call_fd, (1).to_bytes(8, "little"))
 
     def set_enabled(self, enabled: bool) -> None:
         self.enabled = enabled
