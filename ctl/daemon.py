@@ -38,7 +38,7 @@ from .config import (
     format_mac,
     parse_guest,
 )
-from .datapath import DROP_NAMES, Datapath
+from .datapath import DROP_NAMES, FAULT_CALL_BLOCKED, Datapath
 from .errors import ConfigError, XdpvhostError
 from .links.journal import Journal
 from .metrics.endpoint import Endpoint as MetricsEndpoint
@@ -55,7 +55,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WATCHDOG_PERIOD = 0.2
+WATCHDOG_PERIOD = 0.1
+BLOCKED_HOLD_OFF = 10.0  # seconds that a front-end which made a worker block has to wait
 RETRY_PERIOD = 1.0
 
 
@@ -194,7 +195,8 @@ class Daemon:
         for entry, why in self._switch.faulted():
             serving = self._serving.get(entry.name)
             if serving is not None:
-                serving[0].disconnect(why)
+                blocked = entry.port.fault.code == FAULT_CALL_BLOCKED
+                serving[0].disconnect(why, BLOCKED_HOLD_OFF if blocked else 0.0)
 
     async def _watchdog(self) -> None:
         while True:

@@ -24,7 +24,7 @@ from .errors import DatapathError
 
 log = logging.getLogger(__name__)
 
-ABI = 3
+ABI = 4
 MAX_REGIONS = 509
 MAX_PAIRS = 128
 MAX_RING_SIZE = 32768
@@ -34,6 +34,7 @@ NICQ_PARTIAL_CSUM = 1
 POLL_MODES = {"adaptive": 0, "busy": 1, "interrupt": 2}
 DROP_MAX = 9
 FAULT_MAX = 7
+FAULT_CALL_BLOCKED = 6
 
 DROP_NAMES: tuple[str, ...] = (
     "not_connected",
@@ -187,7 +188,7 @@ class NicqCounters(Structure):
 
 
 class McastCounters(Structure):
-    _fields_ = (("packets", c_uint64), ("bytes", c_uint64), ("truncated", c_uint64))
+    _fields_ = (("packets", c_uint64), ("bytes", c_uint64), ("dropped", c_uint64))
 
 
 class WorkerCounters(Structure):
@@ -208,7 +209,6 @@ class CtrlState(Structure):
     _fields_ = (
         ("pairs", c_uint32),
         ("rx_mode", c_uint32),
-        ("mac", c_uint8 * 8),
         ("commands", c_uint64),
         ("refused", c_uint64),
     )
@@ -391,7 +391,7 @@ class Vring(_Native):
         return int(library().xv_vring_base(self.handle))
 
     def set_call(self, fd: int) -> None:
-        """Interrupt the guest through `fd` (-1: not at all); Datapath.quiesce() before closing the old one."""
+        """Interrupt the guest through `fd` (-1: not at all), and once at once; quiesce() before closing the old one."""
         library().xv_vring_set_call(self.handle, fd)
 
     def set_enabled(self, enabled: bool) -> None:
@@ -522,6 +522,12 @@ class Datapath:
         self.event_fd = int(self._lib.xv_dp_event_fd(handle))
         self._threads: list[threading.Thread] = []
 
+    @property
+    def handle(self) -> c_void_p:
+        if self._handle is None:
+            raise DatapathError("the data plane is used after close()")
+        return self._handle
+
     def start(self) -> None:
         """Start the workers, one thread each, pinned to a CPU of its own where there are enough."""
         cpus = sorted(os.sched_getaffinity(0))
@@ -562,14 +568,14 @@ class Datapath:
         self.close()
 
     def watchdog(self) -> None:
-        self._lib.xv_dp_watchdog(self._handle)
+        self._lib.xv_dp_watchdog(self.handle)
 
     def quiesce(self) -> None:
         """Return when every worker has begun a new turn, and so has seen all that was set before."""
-        self._lib.xv_quiesce(self._handle)
+        self._lib.xv_quiesce(self.handle)
 
     def worker_counters(self, worker: int) -> WorkerCounters:
-        counters: WorkerCounters = self._lib.xv_worker_counters(self._handle, worker).contents
+        counters: WorkerCounters = self._lib.xv_worker_counters(self.handle, worker).contents
         return counters
 
     def memory(self, port: GuestPort, regions: Sequence[Region]) -> Memory:
@@ -658,7 +664,7 @@ class Datapath:
             nr_nics=len(nics),
             nr_macs=len(macs),
         )
-        _check(self._lib.xv_publish(self._handle, byref(conf_all)), "cannot publish to the workers")
+        _check(self._lib.xv_publish(self.handle, byref(conf_all)), "cannot publish to the workers")
 
 
 def is_ring_error(error: DatapathError) -> bool:

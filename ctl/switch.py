@@ -159,7 +159,11 @@ class Switch:
     def _forget(self, entry: GuestEntry) -> None:
         entry.nic.unsteer(entry.slot)
         if self.guests.pop(entry.name, None) is not None:
-            self.publish()
+            try:
+                self.publish()
+            except BaseException:
+                self.guests[entry.name] = entry  # the workers still see it
+                raise
         entry.nic.remove_guest(entry.slot)
         entry.port.close()
 

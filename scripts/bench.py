@@ -96,7 +96,7 @@ class Row:
     samples: list[Sample] = field(default_factory=list)
 
     def median(self, what: str) -> float:
-        return statistics.median(getattr(s, what) for s in self.samples)
+        return statistics.median(float(getattr(s, what)) for s in self.samples)
 
     def spread(self, what: str) -> tuple[float, float]:
         values = [getattr(s, what) for s in self.samples]
@@ -397,7 +397,7 @@ def main(
     facts = {
         "command": " ".join(["scripts/bench", *sys.argv[1:]]),
         "kernel": os.uname().release,
-        "cpu": next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if "model name" in line),
+        "cpu": re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0],
         "rows": [asdict(row) for row in rows],
     }
     output.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -97,8 +97,11 @@ MCAST_PACKETS = Metric(
 MCAST_BYTES = Metric(
     "xdpvhost_multicast_receive_bytes_total", "counter", ("iface",), "Bytes of those broadcast and multicast frames."
 )
-MCAST_TRUNCATED = Metric(
-    "xdpvhost_multicast_truncated_total", "counter", ("iface",), "Multicast frames dropped for being too long to read."
+MCAST_DROPPED = Metric(
+    "xdpvhost_multicast_dropped_total",
+    "counter",
+    ("iface",),
+    "Broadcast and multicast frames from the NIC that no guest gets: too long, too short, or not segmented yet (GSO).",
 )
 
 GUEST_RX_PACKETS = Metric(
@@ -111,10 +114,13 @@ GUEST_TX_PACKETS = Metric(
     "xdpvhost_guest_tx_packets_total",
     "counter",
     ("guest", "queue"),
-    "Frames that the guest sent, delivered or not.",
+    "Frames that the guest sent, delivered or not, malformed ones included.",
 )
 GUEST_TX_BYTES = Metric(
-    "xdpvhost_guest_tx_bytes_total", "counter", ("guest", "queue"), "Bytes that the guest sent, delivered or not."
+    "xdpvhost_guest_tx_bytes_total",
+    "counter",
+    ("guest", "queue"),
+    "Bytes of those frames, delivered or not; of malformed ones nothing.",
 )
 GUEST_DROPS = Metric(
     "xdpvhost_guest_drops_total",
@@ -126,7 +132,7 @@ GUEST_KICKS = Metric(
     "xdpvhost_guest_kicks_total",
     "counter",
     ("guest", "queue", "direction"),
-    "Notifications that the guest sent for its receive (rx) or transmit (tx) ring.",
+    "Wake-ups by the guest's notifications for its receive (rx) or transmit (tx) ring; while a worker polls there are none.",
 )
 GUEST_CALLS = Metric(
     "xdpvhost_guest_calls_total",
@@ -205,7 +211,7 @@ METRICS: tuple[Metric, ...] = (
     NIC_DROPS,
     MCAST_PACKETS,
     MCAST_BYTES,
-    MCAST_TRUNCATED,
+    MCAST_DROPPED,
     GUEST_RX_PACKETS,
     GUEST_RX_BYTES,
     GUEST_TX_PACKETS,

@@ -109,7 +109,7 @@ def _nic_samples(nic: Nic, all_guests: list[GuestEntry]) -> Iterator[Sample]:
         mcast = nic.mcast.counters
         yield Sample(m.MCAST_PACKETS, (nic.iface,), mcast.packets)
         yield Sample(m.MCAST_BYTES, (nic.iface,), mcast.bytes)
-        yield Sample(m.MCAST_TRUNCATED, (nic.iface,), mcast.truncated)
+        yield Sample(m.MCAST_DROPPED, (nic.iface,), mcast.dropped)
 
 
 def _guest_samples(guest: GuestEntry) -> Iterator[Sample]:

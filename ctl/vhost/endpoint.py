@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import stat
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class Endpoint:
         self._connection: Connection | None = None
         self._device: VhostUserDevice | None = None
         self._closing = False
+        self._not_before = 0.0
         self.sessions = 0
 
     @property
@@ -89,8 +91,9 @@ class Endpoint:
             await asyncio.wait([runner])
         self._close_listener()
 
-    def disconnect(self, reason: str) -> None:
-        """Ends the current session, for a cause that the data plane found. The endpoint goes on."""
+    def disconnect(self, reason: str, hold_off: float = 0.0) -> None:
+        """Ends the current session, for a cause that the data plane found. The endpoint goes on, after `hold_off` s."""
+        self._not_before = time.monotonic() + hold_off
         if self._connection is not None:
             log.warning("guest %r: front-end disconnected: %s", self._spec.name, reason)
             self._connection.shutdown()
@@ -120,6 +123,11 @@ class Endpoint:
                 except asyncio.CancelledError:
                     sock.close()
                     raise
+            try:
+                await self._hold_off()
+            except asyncio.CancelledError:
+                sock.close()
+                raise
             self._start_session(sock)
 
     async def _connect(self) -> None:
@@ -139,12 +147,20 @@ class Endpoint:
                 raise
             else:
                 told = False
+                try:
+                    await self._hold_off()
+                except asyncio.CancelledError:
+                    sock.close()
+                    raise
                 began = asyncio.get_running_loop().time()
                 await asyncio.wait([self._start_session(sock)])
                 if asyncio.get_running_loop().time() - began > BACKOFF_MOST:
                     backoff = BACKOFF_FIRST
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, BACKOFF_MOST)
+
+    async def _hold_off(self) -> None:
+        await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
 
     def _start_session(self, sock: socket.socket) -> asyncio.Task[None]:
         """From here on the session task owns the connection and the device, and it is this that closes both."""

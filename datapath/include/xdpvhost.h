@@ -19,7 +19,7 @@
 
 #define XV_API __attribute__((visibility("default")))
 
-#define XV_ABI 3u /* changes with every change of a struct or of a meaning below */
+#define XV_ABI 4u /* changes with every change of a struct or of a meaning below */
 
 #define XV_MAX_WORKERS 64u
 #define XV_MAX_REGIONS 509u    /* memory slots of one guest: what VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS grants */
@@ -133,7 +133,7 @@ struct xv_nic_conf {
 	uint64_t queues; /* struct xv_nicq *[nr_queues] */
 	uint64_t mcast;  /* struct xv_mcast *, or 0 */
 	uint32_t nr_queues;
-	uint32_t mtu;    /* of the device, in bytes after the Ethernet header */
+	uint32_t mtu;    /* of the device, in bytes after the Ethernet header and tags */
 };
 
 struct xv_mac_conf {
@@ -153,7 +153,7 @@ struct xv_snapshot_conf {
 struct xv_rx_counters { /* towards the guest; the writer holds the queue's lock */
 	uint64_t packets, bytes;
 	uint64_t copied_bytes; /* payload bytes that the CPU copied to deliver `bytes` */
-	uint64_t kicks;        /* notifications that the guest sent for this ring */
+	uint64_t kicks;        /* wake-ups by the guest's notifications for this ring */
 	uint64_t calls;        /* interrupts sent to the guest */
 	uint64_t calls_failed;
 	uint64_t csum_partial;  /* frames handed over as NEEDS_CSUM */
@@ -162,8 +162,10 @@ struct xv_rx_counters { /* towards the guest; the writer holds the queue's lock 
 } __attribute__((aligned(64)));
 
 struct xv_tx_counters { /* from the guest; the writer is the ring's worker */
-	uint64_t packets, bytes; /* every frame that the guest sent, delivered or not */
-	uint64_t kicks, calls, calls_failed;
+	uint64_t packets; /* chains that the guest sent, delivered or not */
+	uint64_t bytes;   /* of those that were frames: not bad_chain, bad_header, runt or too_big */
+	uint64_t kicks;   /* wake-ups by the guest's notifications: while the worker polls there are none */
+	uint64_t calls, calls_failed;
 	uint64_t reserved;
 	uint64_t drops[XV_DROP_MAX];
 } __attribute__((aligned(64)));
@@ -182,7 +184,7 @@ struct xv_nicq_counters { /* the writer holds the TX lock */
 
 struct xv_mcast_counters {
 	uint64_t packets, bytes;
-	uint64_t truncated;
+	uint64_t dropped; /* too long, too short, or segmented by the sender's stack (GSO) */
 } __attribute__((aligned(64)));
 
 struct xv_worker_counters {
@@ -197,7 +199,6 @@ struct xv_worker_counters {
 struct xv_ctrl_state {
 	uint32_t pairs;      /* queue pairs switched on by VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET */
 	uint32_t rx_mode;    /* bit VIRTIO_NET_CTRL_RX_*: last value of each command */
-	uint8_t mac[8];      /* VIRTIO_NET_CTRL_MAC_ADDR_SET, 6 bytes used */
 	uint64_t commands, refused;
 };
 
@@ -255,7 +256,7 @@ XV_API int xv_nicq_new(const struct xv_nicq_conf *conf, struct xv_nicq **out); /
 XV_API void xv_nicq_free(struct xv_nicq *nicq);
 XV_API const struct xv_nicq_counters *xv_nicq_counters(const struct xv_nicq *nicq);
 XV_API int xv_xsk_new(struct xv_nicq *nicq, const struct xv_xsk_conf *conf, struct xv_xsk **out);
-XV_API void xv_xsk_free(struct xv_xsk *xsk);
+XV_API void xv_xsk_free(struct xv_xsk *xsk); /* before its nicq: frames in the ring go back to the fill ring */
 XV_API const struct xv_xsk_counters *xv_xsk_counters(const struct xv_xsk *xsk);
 XV_API int xv_mcast_new(int fd, struct xv_mcast **out); /* AF_PACKET socket, PACKET_VNET_HDR and PACKET_AUXDATA on */
 XV_API void xv_mcast_free(struct xv_mcast *mcast);

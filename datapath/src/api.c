@@ -49,11 +49,11 @@ static const struct xv_layout_entry layout[] = {
 	FIELD(xv_nicq_counters, tx_packets), FIELD(xv_nicq_counters, tx_bytes), FIELD(xv_nicq_counters, copied_bytes),
 	FIELD(xv_nicq_counters, csum_finished), FIELD(xv_nicq_counters, sendto_calls),
 	FIELD(xv_nicq_counters, sendto_busy),
-	FIELD(xv_mcast_counters, packets), FIELD(xv_mcast_counters, bytes), FIELD(xv_mcast_counters, truncated),
+	FIELD(xv_mcast_counters, packets), FIELD(xv_mcast_counters, bytes), FIELD(xv_mcast_counters, dropped),
 	FIELD(xv_worker_counters, polls_busy), FIELD(xv_worker_counters, polls_idle), FIELD(xv_worker_counters, sleeps),
 	FIELD(xv_worker_counters, wakeups), FIELD(xv_worker_counters, cycles_busy), FIELD(xv_worker_counters, packets),
 	FIELD(xv_worker_counters, heartbeat),
-	SIZE(xv_ctrl_state), FIELD(xv_ctrl_state, pairs), FIELD(xv_ctrl_state, rx_mode), FIELD(xv_ctrl_state, mac),
+	SIZE(xv_ctrl_state), FIELD(xv_ctrl_state, pairs), FIELD(xv_ctrl_state, rx_mode),
 	FIELD(xv_ctrl_state, commands), FIELD(xv_ctrl_state, refused),
 	SIZE(xv_fault), FIELD(xv_fault, code), FIELD(xv_fault, ring), FIELD(xv_fault, detail),
 };

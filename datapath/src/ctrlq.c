@@ -18,7 +18,7 @@ static uint16_t le16(const uint8_t *p)
 
 static bool rx_mode(struct xv_guest *guest, uint8_t command, const uint8_t *data, uint32_t len)
 {
-	if (command > VIRTIO_NET_CTRL_RX_NOBCAST || len != 1)
+	if (command > VIRTIO_NET_CTRL_RX_ALLMULTI || len != 1) /* the others need VIRTIO_NET_F_CTRL_RX_EXTRA */
 		return false;
 	store_once(&guest->ctrl.rx_mode, (guest->ctrl.rx_mode & ~(1u << command)) | (uint32_t)!!data[0] << command);
 	return true;
@@ -90,7 +90,9 @@ uint32_t ctrlq_poll(struct xv_vring *vr, uint64_t features, uint32_t max_pairs, 
 		uint16_t head = vring_head(vr, vr->last_avail);
 		uint32_t nr, writable, len = 0, written = 0;
 		uint64_t bytes;
-		enum chain_result result = vring_chain(vr, head, CHAIN_READ, segs, SEGS_MAX, &nr, &bytes, &writable);
+		uint32_t budget = SEGS_MAX;
+		enum chain_result result =
+			vring_chain(vr, head, CHAIN_READ, segs, SEGS_MAX, &nr, &bytes, &writable, &budget);
 		bool ok = result == CHAIN_OK;
 
 		if (result == CHAIN_FAULT)

@@ -218,9 +218,10 @@ static void ensure_registered(struct xv_dp *dp, struct source *source, uint32_t 
 	if (source->fd < 0 || source->epfd == epfd)
 		return;
 	unregister(source);
-	/* -ENOSPC or -ENOMEM: the worker then finds the source's work when something else wakes it */
 	if (!epoll_ctl(epfd, EPOLL_CTL_ADD, source->fd, &event))
 		source->epfd = epfd;
+	else
+		store_once(&dp->workers[worker].blind, true); /* ENOSPC, ENOMEM */
 }
 
 typedef void (*each_source)(struct xv_dp *dp, struct source *source, uint32_t worker, uint32_t events);
@@ -243,7 +244,8 @@ static void for_each_source(struct xv_dp *dp, const struct snapshot *snap, each_
 	for (uint32_t p = 0; p < snap->nr_ports; p++)
 		for (uint32_t i = 0; i < snap->ports[p].nr_rx; i++)
 			if (snap->ports[p].rx[i])
-				visit(dp, &snap->ports[p].rx[i]->kick, i % snap->nr_workers, EPOLLIN | EPOLLET);
+				visit(dp, &snap->ports[p].rx[i]->kick, (snap->ports[p].worker + i) % snap->nr_workers,
+				      EPOLLIN | EPOLLET);
 }
 
 int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf)
@@ -260,6 +262,8 @@ int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf)
 	dp->generation++;
 	for_each_source(dp, snap, mark);
 	for_each_source(dp, old, unregister_unmarked); /* first, for a new ring may have the old one's descriptor */
+	for (uint32_t i = 0; i < dp->conf.workers; i++)
+		store_once(&dp->workers[i].blind, false);
 	for_each_source(dp, snap, ensure_registered);
 	snap->serial = old->serial + 1;
 	__atomic_store_n(&dp->snap, snap, __ATOMIC_SEQ_CST);

@@ -15,12 +15,15 @@ struct worker {
 	/* said to control */
 	uint64_t seen;         /* epoch at the beginning of the turn */
 	bool running, parked;  /* parked: asleep, holding nothing */
+	bool blind;            /* control's: something could not be registered with epoll, so look again every so often */
 	pthread_t thread;      /* valid while running */
 	/* its own */
 	uint64_t serial;       /* of the snapshot it works on */
 	uint32_t requests_seen;
 	uint64_t mcast_due, last_work, watchdog_turns;
-	bool stalls;           /* something waits for a guest's buffers */
+	bool tx_stalls;        /* a guest's frames wait for another's buffers, as long as their patience lasts */
+	bool rx_stalls;        /* a NIC's frames wait for buffers whose kick another worker gets */
+	uint32_t first;        /* where its next turn begins: no port is always served last */
 	struct call_ctx calls;
 	struct dirty dirty;
 	struct burst_chains chains;

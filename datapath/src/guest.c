@@ -70,6 +70,7 @@ void xv_guest_reset(struct xv_guest *guest)
 	guest->ctrl.pairs = 1;
 	guest->ctrl.commands = commands;
 	guest->ctrl.refused = refused;
+	store_release(&guest->announce, 0u);
 	store_release(&guest->fault.code, (uint32_t)XV_FAULT_NONE);
 }
 

@@ -43,7 +43,7 @@ static bool make_view(struct xv_mcast *mcast, struct mcast_slot *slot, uint8_t *
 	uint32_t tag = 0;
 
 	if (len < sizeof(slot->hdr) + ETH_HEADER || slot->msg.msg_flags & MSG_TRUNC) {
-		count(mcast->counters.truncated, 1);
+		count(mcast->counters.dropped, 1);
 		return false;
 	}
 	len -= (uint32_t)sizeof(slot->hdr);
@@ -61,7 +61,7 @@ static bool make_view(struct xv_mcast *mcast, struct mcast_slot *slot, uint8_t *
 	}
 	*view = (struct xv_view){.first = {frame, len}, .len = len};
 	if (!net_header_in(&slot->hdr, true, view)) {
-		count(mcast->counters.truncated, 1);
+		count(mcast->counters.dropped, 1);
 		return false;
 	}
 	return true;

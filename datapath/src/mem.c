@@ -3,10 +3,10 @@
  * Guest memory: translation tables, and the guard against truncation.
  *
  * The front-end keeps the other end of the memfd and may truncate it at any moment; touching a page past its end then
- * raises SIGBUS in the worker. The handler finds the guest whose region it was, puts anonymous zero pages in the
- * region's place (so that the access, and all later ones, succeed on memory that nobody else sees), and records the
- * fault; the worker goes on, sees the fault before its next burst of that guest, and control ends the connection.
- * No lock held by the worker is disturbed and no frame of another guest is touched.
+ * raises SIGBUS in the worker. The handler finds the guest whose region it was, records the fault, and puts an anonymous
+ * page of zeros in the place of the one that is gone, so that the access succeeds on memory that nobody else sees. The
+ * worker goes on, sees the fault before its next burst of that guest, and control ends the connection: a few pages at
+ * most are replaced. No lock held by the worker is disturbed and no frame of another guest is touched.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -22,33 +22,35 @@ static struct spinlock tables_lock; /* held by control for list changes and by t
 static struct xv_mem *tables;
 static struct sigaction previous;
 
-static bool replace(uint8_t *host, uint64_t size, uint64_t page)
+/* Put zeros in the place of the page at `at`; what kind of page it was is found out by trying. */
+static bool replace_page(const uint8_t *at)
 {
-	uintptr_t from = ALIGN_DOWN((uintptr_t)host, page);
-	uintptr_t to = ALIGN_UP((uintptr_t)host + size, page);
-
-	return mmap((void *)from, to - from, PROT_READ | PROT_WRITE,
-		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED;
-}
-
-static bool guard_region(const uint8_t *at)
-{
-	/* regions of hugetlb files can only be replaced in whole pages of theirs; control maps those in whole pages too */
+	/* hugetlb files can only be replaced in whole pages of theirs; control maps them so, and the kernel says EINVAL */
 	static const uint64_t page_sizes[] = {4096, 2u << 20, 1u << 30};
 
+	for (size_t i = 0; i < ARRAY_SIZE(page_sizes); i++) {
+		void *page = (void *)ALIGN_DOWN((uintptr_t)at, page_sizes[i]);
+
+		if (mmap(page, page_sizes[i], PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE,
+			 -1, 0) != MAP_FAILED)
+			return true;
+		if (errno != EINVAL)
+			return false;
+	}
+	return false;
+}
+
+static bool guard_page(const uint8_t *at)
+{
 	for (struct xv_mem *mem = tables; mem; mem = mem->next) {
 		for (uint32_t i = 0; i < mem->count; i++) {
 			const struct mem_range *range = &mem->by_gpa[i];
+			uint64_t offset = (uint64_t)(at - range->host);
 
-			if ((uint64_t)(at - range->host) >= range->size)
+			if (offset >= range->size)
 				continue;
-			for (size_t p = 0; p < ARRAY_SIZE(page_sizes); p++) {
-				if (replace(range->host, range->size, page_sizes[p])) {
-					guest_fault(mem->guest, XV_FAULT_MEMORY_GONE, XV_NO_RING,
-						    range->start + (uint64_t)(at - range->host));
-					return true;
-				}
-			}
+			guest_fault(mem->guest, XV_FAULT_MEMORY_GONE, XV_NO_RING, range->start + offset);
+			return replace_page(at);
 		}
 	}
 	return false;
@@ -62,7 +64,7 @@ static void on_sigbus(int sig, siginfo_t *info, void *context)
 	/* an asynchronous SIGBUS (kill, memory failure on another thread) has no address of ours */
 	if (info->si_code > 0) {
 		spin_lock(&tables_lock);
-		ours = guard_region(info->si_addr);
+		ours = guard_page(info->si_addr);
 		spin_unlock(&tables_lock);
 	}
 	errno = saved;

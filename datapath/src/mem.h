@@ -24,19 +24,29 @@ struct xv_mem {
  */
 static inline uint8_t *mem_at(const struct xv_mem *mem, uint64_t addr, uint32_t len, uint32_t *got)
 {
-	for (uint32_t i = 0; i < mem->count; i++) {
-		const struct mem_range *range = &mem->by_gpa[i];
-		uint64_t offset = addr - range->start;
+	const struct mem_range *range = mem->by_gpa;
+	uint32_t n = mem->count;
+	uint64_t offset, room;
 
-		if (likely(offset < range->size)) {
-			uint64_t room = range->size - offset;
+	/* the last region that does not begin behind addr: most guests have two, a hostile one may have hundreds */
+	while (n > 1) {
+		uint32_t half = n / 2;
 
-			*got = (uint32_t)MIN(room, (uint64_t)len);
-			return range->host + offset;
+		if (range[half].start <= addr) {
+			range += half;
+			n -= half;
+		} else {
+			n = half;
 		}
 	}
-	*got = 0;
-	return NULL;
+	offset = addr - range->start;
+	if (unlikely(!n || offset >= range->size)) {
+		*got = 0;
+		return NULL;
+	}
+	room = range->size - offset;
+	*got = (uint32_t)MIN(room, (uint64_t)len);
+	return range->host + offset;
 }
 
 /* [addr, addr + len) in the front-end's addresses, all in one region, or NULL. */

@@ -11,6 +11,12 @@
 #define ETH_HEADER 14u
 #define NET_MAX_FRAME (ETH_HEADER + 2u * 4u + 65535u)
 
+/* Whether the two bytes at an Ethernet type are a VLAN tag's (802.1Q or 802.1ad). */
+static inline bool net_is_tag(const uint8_t *type)
+{
+	return (type[0] == 0x81 && type[1] == 0x00) || (type[0] == 0x88 && type[1] == 0xa8);
+}
+
 /*
  * Take the offload facts of a guest's header (a private copy) into the view; `csum`: VIRTIO_NET_F_CSUM was negotiated.
  * False when it asks for what was not negotiated or points outside the frame.

@@ -61,7 +61,8 @@ struct xv_nicq {
 	struct spinlock tx_lock __attribute__((aligned(64)));
 	uint32_t tx_prod, comp_cons, nr_free;
 	uint64_t *free; /* addresses of frames free for sending */
-	uint32_t stuck; /* flushes in a row that the kernel took nothing of */
+	bool flushing;  /* a worker is telling the kernel */
+	uint32_t stuck; /* flushes in a row that the kernel took nothing of; the flushing worker's */
 	struct xv_nicq_counters counters;
 };
 
@@ -85,7 +86,7 @@ void xsk_rx_release(struct xv_xsk *xsk, uint32_t n);
 uint32_t xsk_backlog(const struct xv_xsk *xsk);
 /* Copy frames into UMEM and queue them; those that cannot be sent are counted in `drops` of their sender. */
 void nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uint32_t n, uint32_t max_len, uint64_t *drops);
-/* Tell the kernel to send what is queued. False when some of it must wait. */
+/* Tell the kernel to send what is queued. False when some of it must wait, or another worker is at it. */
 bool nicq_tx_flush(struct xv_nicq *nicq);
 
 /* ---- broadcast and multicast of a NIC (mcast.c) ---- */

@@ -4,7 +4,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#define TAGS 8u /* bytes of two VLAN tags */
+#define KEEP_LEAST 4u
 
 static const void *at(uint64_t address)
 {
@@ -16,7 +16,8 @@ static uint32_t keep_of(const struct xv_xsk *xsk, uint32_t nr_guests)
 {
 	uint32_t share = (xsk->nicq->fill.size / 2) / MAX(nr_guests, 1u);
 
-	return MAX(MIN(share, xsk->size - xsk->size / 4), XV_BURST);
+	share = MIN(share, xsk->size - xsk->size / 4);
+	return MAX(share, KEEP_LEAST);
 }
 
 static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_guest_conf *conf, uint32_t nr_guests)
@@ -29,6 +30,7 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 
 	port->guest = (struct xv_guest *)(uintptr_t)conf->guest;
 	port->nic = conf->nic;
+	port->worker = conf->worker;
 	port->own_ctrl = conf->ctrl != XV_NO_RING;
 	if (!port->guest || !conf->max_pairs || conf->max_pairs > port->guest->max_pairs ||
 	    conf->nr_rings > 2 * port->guest->max_pairs + 1)
@@ -78,7 +80,7 @@ static int add_nics(struct snapshot *snap, const struct xv_nic_conf *confs)
 		struct nic *nic = &snap->nics[i];
 
 		nic->nr_queues = confs[i].nr_queues;
-		nic->max_len = confs[i].mtu + 14 + TAGS;
+		nic->max_len = confs[i].mtu + 14;
 		nic->mcast = (struct xv_mcast *)(uintptr_t)confs[i].mcast;
 		nic->queues = calloc(MAX(nic->nr_queues, 1u), sizeof(nic->queues[0]));
 		if (!nic->queues)

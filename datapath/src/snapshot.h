@@ -12,13 +12,13 @@
 struct port { /* a guest */
 	struct xv_guest *guest;
 	struct xv_vring **rx; /* nr_rx receive rings by pair, NULL where not started */
-	uint32_t nr_rx, nic;
+	uint32_t nr_rx, nic, worker;
 	bool own_ctrl;        /* the control virtqueue is ours, so pairs are switched on by it */
 };
 
 struct nic {
 	struct xv_nicq **queues;
-	uint32_t nr_queues, max_len; /* max_len: largest frame, Ethernet header and two tags included */
+	uint32_t nr_queues, max_len; /* max_len: largest untagged frame, Ethernet header included */
 	struct xv_mcast *mcast;
 };
 

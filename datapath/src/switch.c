@@ -109,7 +109,7 @@ static void flood(const struct snapshot *snap, const struct origin *from, const 
 		struct xv_vring *stalled = NULL;
 		uint32_t done;
 
-		if (i == from->port || snap->ports[i].nic != from->nic || !snap->ports[i].nr_rx)
+		if (i == from->port || snap->ports[i].nic != from->nic)
 			continue;
 		done = switch_to_guest(snap, i, from->hint, views, n, ctx, &stalled);
 		if (stalled)

@@ -5,7 +5,7 @@
 
 #include "snapshot.h"
 
-#define DIRTY_MAX 64u
+#define DIRTY_MAX 256u /* more than a worker's share of the queues of several NICs */
 
 /* NIC queues that frames were queued on, and that the kernel must be told of. */
 struct dirty {

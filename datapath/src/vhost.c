@@ -21,7 +21,7 @@
  * A chain of several descriptors, an indirect one, or a faulty one: the walk decides, from what the table says now.
  * False: there is no view of it. It is counted as dropped only if it is the burst's first, for only then it is skipped.
  */
-static bool view_walk(struct xv_vring *vr, uint16_t head, struct xv_burst *burst, struct xv_view *view)
+static bool view_walk(struct xv_vring *vr, uint16_t head, struct xv_burst *burst, struct xv_view *view, uint32_t *budget)
 {
 	struct xv_seg *segs = &burst->segs[burst->nr_segs];
 	struct virtio_net_hdr_mrg_rxbuf hdr;
@@ -29,7 +29,7 @@ static bool view_walk(struct xv_vring *vr, uint16_t head, struct xv_burst *burst
 	enum xv_drop why;
 	uint64_t bytes;
 	enum chain_result result =
-		vring_chain(vr, head, CHAIN_READ, segs, XV_BURST_SEGS - burst->nr_segs, &nr, &bytes, NULL);
+		vring_chain(vr, head, CHAIN_READ, segs, XV_BURST_SEGS - burst->nr_segs, &nr, &bytes, NULL, budget);
 
 	if (unlikely(result == CHAIN_FAULT))
 		return false;
@@ -95,7 +95,7 @@ static inline bool view_single(struct xv_vring *vr, const struct vring_desc *des
 
 void guest_rx_burst(struct xv_vring *vr, struct xv_burst *burst, struct burst_chains *chains)
 {
-	uint32_t ready = MIN(vring_avail(vr), XV_BURST);
+	uint32_t ready = MIN(vring_avail(vr), XV_BURST), budget = XV_BURST_SEGS;
 	struct vring_desc descs[XV_BURST];
 
 	burst->nr = burst->nr_segs = 0;
@@ -118,11 +118,13 @@ void guest_rx_burst(struct xv_vring *vr, struct xv_burst *burst, struct burst_ch
 	for (uint32_t i = 0; i < ready; i++) {
 		struct xv_view *view = &burst->views[burst->nr];
 
-		if (unlikely(!view_single(vr, &descs[i], view)) && !view_walk(vr, chains->head[i], burst, view)) {
+		if (unlikely(!view_single(vr, &descs[i], view)) && !view_walk(vr, chains->head[i], burst, view, &budget)) {
 			/* dropped, faulted, or no room for its segments: a later burst's business, unless this one is empty */
 			if (burst->nr || guest_faulted(vr->guest))
 				break;
 			chains->skipped++;
+			if (!budget)
+				break;
 			continue;
 		}
 		burst->nr++;
@@ -165,8 +167,10 @@ struct writer {
 	uint32_t at, offset;
 };
 
-static void put(struct writer *w, const uint8_t *from, uint32_t len, struct csum *csum)
+static uint32_t put(struct writer *w, const uint8_t *from, uint32_t len, struct csum *csum)
 {
+	uint32_t copied = 0;
+
 	while (len) {
 		uint32_t piece = MIN(len, w->segs[w->at].len - w->offset);
 		uint8_t *to = w->segs[w->at].data + w->offset;
@@ -177,27 +181,29 @@ static void put(struct writer *w, const uint8_t *from, uint32_t len, struct csum
 			memcpy(to, from, piece);
 		from += piece;
 		len -= piece;
+		copied += piece;
 		w->offset += piece;
 		if (w->offset == w->segs[w->at].len) {
 			w->at++;
 			w->offset = 0;
 		}
 	}
+	return copied;
 }
 
-/* Copy the frame; with `finish`, sum it from csum_start on and put the checksum where it belongs. */
-static void put_frame(struct writer *w, const struct xv_view *view, bool finish)
+/* Copy the frame; with `finish`, sum it from csum_start on and put the checksum where it belongs. Bytes copied. */
+static uint32_t put_frame(struct writer *w, const struct xv_view *view, bool finish)
 {
 	struct writer frame = *w;
 	struct csum csum = {0, false};
-	uint32_t done = 0, start = finish ? view->csum_start : view->len;
+	uint32_t done = 0, start = finish ? view->csum_start : view->len, copied = 0;
 
 	for (uint32_t i = 0; i <= view->nr_more; i++) {
 		const struct xv_seg *seg = i ? &view->more[i - 1] : &view->first;
 		uint32_t plain = start > done ? MIN(start - done, seg->len) : 0;
 
-		put(w, seg->data, plain, NULL);
-		put(w, seg->data + plain, seg->len - plain, &csum);
+		copied += put(w, seg->data, plain, NULL);
+		copied += put(w, seg->data + plain, seg->len - plain, &csum);
 		done += seg->len;
 	}
 	if (finish) {
@@ -212,21 +218,23 @@ static void put_frame(struct writer *w, const struct xv_view *view, bool finish)
 		frame.offset += skip;
 		put(&frame, (const uint8_t *)&sum, sizeof(sum), NULL);
 	}
+	return copied;
 }
 
-#define MERGE_MAX 256u /* buffers and segments for one frame towards a guest */
+#define MERGE_MAX 256u  /* buffers and segments for one frame towards a guest */
+#define BUDGET_MAX 512u /* descriptors looked at for it; a guest that makes us look at more is faulted */
 
 enum delivery { DELIVERED, DROPPED, NO_BUFFERS };
 
 /* One frame into any layout of buffers. Nothing is consumed unless it is delivered. */
-static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *view, uint32_t avail)
+static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *view, uint32_t avail, uint64_t *copied)
 {
 	const uint64_t need = (uint64_t)vr->header_len + view->len;
 	const bool finish = view->flags & VIEW_NEEDS_CSUM && !vr->guest_csum;
 	struct virtio_net_hdr_mrg_rxbuf hdr = {0};
 	struct xv_seg segs[MERGE_MAX];
 	uint16_t heads[MERGE_MAX];
-	uint32_t room[MERGE_MAX], nr_segs = 0, buffers = 0;
+	uint32_t room[MERGE_MAX], nr_segs = 0, buffers = 0, budget = BUDGET_MAX;
 	uint64_t have = 0;
 
 	do {
@@ -234,15 +242,16 @@ static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *vie
 		uint64_t bytes;
 		enum chain_result result;
 
+		if (buffers == MERGE_MAX || buffers == vr->num)
+			goto too_big; /* it will never fit */
 		if (buffers == avail)
 			return NO_BUFFERS;
-		if (buffers == MERGE_MAX)
-			goto too_big;
 		heads[buffers] = vring_head(vr, (uint16_t)(vr->last_avail + buffers));
-		result = vring_chain(vr, heads[buffers], CHAIN_WRITE, segs + nr_segs, MERGE_MAX - nr_segs, &nr, &bytes, NULL);
-		if (result == CHAIN_TOO_LONG && have + bytes < need)
+		result = vring_chain(vr, heads[buffers], CHAIN_WRITE, segs + nr_segs, MERGE_MAX - nr_segs, &nr, &bytes, NULL,
+				     &budget);
+		if (result == CHAIN_TOO_LONG && budget && have + bytes < need)
 			goto too_big;
-		if (result == CHAIN_WRONG_WAY || (result == CHAIN_OK && !bytes))
+		if (!budget || result == CHAIN_WRONG_WAY || (result == CHAIN_OK && !bytes))
 			vring_fault(vr, XV_FAULT_CHAIN, heads[buffers]);
 		if (guest_faulted(vr->guest))
 			return NO_BUFFERS;
@@ -260,7 +269,7 @@ static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *vie
 		net_header_out(&hdr.hdr, view);
 	hdr.num_buffers = (uint16_t)buffers;
 	put(&w, (const uint8_t *)&hdr, vr->header_len, NULL);
-	put_frame(&w, view, finish);
+	*copied += put_frame(&w, view, finish);
 	for (uint32_t i = 0; i < buffers; i++)
 		vring_use(vr, heads[i], room[i]);
 	vr->last_avail = (uint16_t)(vr->last_avail + buffers);
@@ -311,7 +320,7 @@ uint32_t guest_tx_burst(struct xv_vring *vr, const struct xv_view *const *views,
 {
 	struct xv_rx_counters *counters = &vr->queue->rx;
 	const uint32_t header_len = vr->header_len;
-	uint64_t packets = 0, bytes = 0, partial = 0;
+	uint64_t packets = 0, bytes = 0, copied = 0, partial = 0;
 	uint16_t before;
 	uint32_t done = 0;
 	bool call = false;
@@ -333,9 +342,11 @@ uint32_t guest_tx_burst(struct xv_vring *vr, const struct xv_view *const *views,
 			write_plain_header(places[i].to, header_len, view);
 			xv_copy(to, view->first.data, view->first.len);
 			to += view->first.len;
+			copied += view->first.len;
 			for (uint32_t j = 0; unlikely(j < view->nr_more); j++) {
 				xv_copy(to, view->more[j].data, view->more[j].len);
 				to += view->more[j].len;
+				copied += view->more[j].len;
 			}
 			vring_use(vr, places[i].head, header_len + view->len);
 			packets++;
@@ -346,7 +357,7 @@ uint32_t guest_tx_burst(struct xv_vring *vr, const struct xv_view *const *views,
 		avail -= plain;
 		done += plain;
 		if (done < n && avail) {
-			enum delivery result = deliver_slow(vr, views[done], avail);
+			enum delivery result = deliver_slow(vr, views[done], avail, &copied);
 
 			if (result == NO_BUFFERS)
 				break;
@@ -361,9 +372,12 @@ uint32_t guest_tx_burst(struct xv_vring *vr, const struct xv_view *const *views,
 	if (vr->used_idx != before) {
 		count(counters->packets, packets);
 		count(counters->bytes, bytes);
-		count(counters->copied_bytes, bytes);
+		count(counters->copied_bytes, copied);
 		count(counters->csum_partial, partial);
 		call = vring_publish(vr);
+		/* who waits for a kick of this ring has had it: the buffers came after it was armed */
+		if (unlikely(load_once(&vr->armed)))
+			vring_disarm(vr);
 	}
 	spin_unlock(&vr->queue->rx_lock);
 	if (call)

@@ -10,7 +10,7 @@
 
 /* The two sides of a walk through descriptors: a table, and how many entries may still be visited. */
 struct walk {
-	const struct vring_desc *table; /* NULL: an indirect table that is not contiguous here, read piecewise */
+	const uint8_t *table; /* NULL: an indirect table that lies in two regions, read piecewise */
 	uint64_t table_gpa;
 	uint32_t entries;
 };
@@ -18,7 +18,7 @@ struct walk {
 static bool walk_read(struct xv_vring *vr, const struct walk *walk, uint32_t at, struct vring_desc *desc)
 {
 	if (likely(walk->table)) {
-		*desc = desc_read(&walk->table[at]);
+		*desc = desc_read(walk->table + (size_t)at * sizeof(*desc));
 		return true;
 	}
 	for (uint32_t done = 0, got; done < sizeof(*desc); done += got) {
@@ -43,8 +43,8 @@ static bool walk_indirect(struct xv_vring *vr, struct walk *walk, const struct v
 		vring_fault(vr, XV_FAULT_CHAIN, desc->len);
 		return false;
 	}
-	walk->table = (const void *)mem_at(vr->mem, desc->addr, desc->len, &got);
-	if (got < desc->len || (uintptr_t)walk->table % sizeof(uint64_t))
+	walk->table = mem_at(vr->mem, desc->addr, desc->len, &got);
+	if (got < desc->len)
 		walk->table = NULL;
 	walk->table_gpa = desc->addr;
 	walk->entries = desc->len / sizeof(*desc);
@@ -73,9 +73,9 @@ static enum chain_result add_segs(struct xv_vring *vr, uint64_t addr, uint32_t l
 }
 
 enum chain_result vring_chain(struct xv_vring *vr, uint16_t head, enum chain_direction direction, struct xv_seg *segs,
-			      uint32_t max, uint32_t *nr, uint64_t *bytes, uint32_t *rest)
+			      uint32_t max, uint32_t *nr, uint64_t *bytes, uint32_t *rest, uint32_t *budget)
 {
-	struct walk walk = {vr->desc, 0, vr->num};
+	struct walk walk = {(const uint8_t *)vr->desc, 0, vr->num};
 	bool indirect = false, wrong_way = false;
 	uint32_t at = head;
 
@@ -90,6 +90,9 @@ enum chain_result vring_chain(struct xv_vring *vr, uint16_t head, enum chain_dir
 			vring_fault(vr, at >= walk.entries && visited == 0 ? XV_FAULT_HEAD : XV_FAULT_CHAIN, at);
 			return CHAIN_FAULT;
 		}
+		if (!*budget)
+			return CHAIN_TOO_LONG;
+		--*budget;
 		if (!walk_read(vr, &walk, at, &desc))
 			return CHAIN_FAULT;
 		if (desc.flags & VRING_DESC_F_INDIRECT) {

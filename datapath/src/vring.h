@@ -38,6 +38,7 @@ struct xv_vring {
 	bool event_idx, indirect, mergeable, csum, guest_csum, call_is_socket;
 	/* set by control while it runs */
 	int call_fd;
+	bool armed; /* a worker waits for a kick */
 	bool enabled, call_asked; /* call_asked: interrupt the guest once, whatever the ring holds */
 	/* the worker's; receive rings: whoever holds the queue's lock */
 	uint16_t last_avail, used_idx, signalled;
@@ -87,10 +88,12 @@ static inline uint16_t vring_head(const struct xv_vring *vr, uint16_t avail_idx)
 	return load_once(&vr->avail->ring[ring_slot(vr, avail_idx)]);
 }
 
-static inline struct vring_desc desc_read(const struct vring_desc *at)
+/* A private copy. Indirect tables may lie at any address. */
+static inline struct vring_desc desc_read(const void *at)
 {
-	const uint64_t *words = (const uint64_t *)(const void *)at;
-	uint64_t w[2] = {load_once(&words[0]), load_once(&words[1])};
+	typedef uint64_t __attribute__((aligned(1), may_alias)) word;
+	const volatile word *words = at;
+	const uint64_t w[2] = {words[0], words[1]};
 	struct vring_desc desc;
 
 	memcpy(&desc, w, sizeof(desc));
@@ -135,6 +138,7 @@ static inline uint16_t *avail_event_of(const struct xv_vring *vr)
 /* Ask for a kick when the guest makes another buffer available. Then look at vring_avail() once more. */
 static inline void vring_arm(struct xv_vring *vr)
 {
+	store_once(&vr->armed, true);
 	if (vr->event_idx)
 		store_once(avail_event_of(vr), vr->last_avail);
 	else
@@ -144,6 +148,7 @@ static inline void vring_arm(struct xv_vring *vr)
 /* Kicks are not needed. With event_idx a stale avail_event says so by itself. */
 static inline void vring_disarm(struct xv_vring *vr)
 {
+	store_once(&vr->armed, false);
 	if (!vr->event_idx)
 		store_once(&vr->used->flags, (uint16_t)VRING_USED_F_NO_NOTIFY);
 }
@@ -153,7 +158,7 @@ enum chain_direction { CHAIN_READ, CHAIN_WRITE };
 
 enum chain_result {
 	CHAIN_OK,
-	CHAIN_TOO_LONG, /* more segments than there is room for */
+	CHAIN_TOO_LONG, /* more segments than there is room for, or more descriptors than the budget */
 	CHAIN_WRONG_WAY, /* a descriptor of the other direction */
 	CHAIN_FAULT,    /* the guest has been faulted */
 };
@@ -161,10 +166,11 @@ enum chain_result {
 /*
  * Walk the chain that starts at `head`, into at most `max` segments. Descriptors of the other direction end the walk:
  * CHAIN_WRONG_WAY, except that with `rest` set the walk may go on from readable to writable ones, which are counted in
- * `*rest` (the control virtqueue's shape). Zero-length descriptors are skipped.
+ * `*rest` (the control virtqueue's shape). Zero-length descriptors are skipped. Every descriptor looked at, of whatever
+ * kind, is paid for from `*budget`, so that no ring can keep a worker for longer than its owner allows: CHAIN_TOO_LONG.
  */
 enum chain_result vring_chain(struct xv_vring *vr, uint16_t head, enum chain_direction direction, struct xv_seg *segs,
-			      uint32_t max, uint32_t *nr, uint64_t *bytes, uint32_t *rest);
+			      uint32_t max, uint32_t *nr, uint64_t *bytes, uint32_t *rest, uint32_t *budget);
 
 /* Interrupt the guest. `worker_calling` is where the watchdog looks for a guest whose descriptor blocks. */
 void vring_call(struct xv_vring *vr, uint64_t *calls, uint64_t *failed, const struct xv_vring **worker_calling);

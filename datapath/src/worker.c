@@ -8,7 +8,8 @@
  * Going to sleep: ask every ring for notifications (arm), drop events that are already stale, look at every ring once
  * more, then block in epoll_wait. A frame that comes after the look raises an event; one that came before is seen.
  *
- * Waiting for buffers: frames from a NIC may wait in the guest's own socket (`keep`, then the oldest are dropped).
+ * Waiting for buffers: frames from a NIC may wait in the guest's own socket (`keep`, then the oldest are dropped); the
+ * guest's kick ends the wait, or 20 ms where another worker gets that kick.
  * Frames from another guest may wait in the sender's ring, but only for as long as the sender has patience: an eighth
  * of the time, a millisecond at once. So a guest that stops reading costs those who send to it next to nothing.
  */
@@ -38,21 +39,24 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 	if (!backlog)
 		return false;
 	if (unlikely(xsk->stalled_on && vring_usable(xsk->stalled_on) && !vring_has_buffers(xsk->stalled_on))) {
-		w->stalls = true;
-		if (backlog <= xsk->keep)
-			return false;
-		switch_drop_stalled(xsk->stalled_on, backlog - xsk->keep);
-		xsk_rx_release(xsk, backlog - xsk->keep);
-		return true;
+		stalled = xsk->stalled_on;
+		done = 0;
+	} else {
+		xsk_rx_burst(xsk, &w->burst);
+		for (uint32_t i = 0; i < w->burst.nr; i++)
+			views[i] = &w->burst.views[i];
+		done = switch_to_guest(snap, source->port, source->hint, views, w->burst.nr, &w->calls, &stalled);
+		count(w->counters.packets, done);
 	}
-	xsk_rx_burst(xsk, &w->burst);
-	for (uint32_t i = 0; i < w->burst.nr; i++)
-		views[i] = &w->burst.views[i];
-	done = switch_to_guest(snap, source->port, source->hint, views, w->burst.nr, &w->calls, &stalled);
 	xsk->stalled_on = stalled;
-	w->stalls |= !!stalled;
+	if (unlikely(stalled)) {
+		w->rx_stalls |= stalled->kick.epfd != w->epfd;
+		if (backlog - done > xsk->keep) { /* the oldest make room */
+			switch_drop_stalled(stalled, backlog - done - xsk->keep);
+			done = backlog - xsk->keep;
+		}
+	}
 	xsk_rx_release(xsk, done);
-	count(w->counters.packets, done);
 	return done;
 }
 
@@ -79,7 +83,7 @@ static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct 
 	if (guest_faulted(vr->guest))
 		return false;
 	if (unlikely(was && vring_usable(was) && !vring_has_buffers(was)) && patience(w, vr, true)) {
-		w->stalls = true;
+		w->tx_stalls = true;
 		return false;
 	}
 	guest_rx_burst(vr, &w->burst, &w->chains);
@@ -101,7 +105,7 @@ static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct 
 		stalled = NULL;
 	}
 	vr->stalled_on = stalled;
-	w->stalls |= !!stalled;
+	w->tx_stalls |= !!stalled;
 	if (!(done + w->chains.skipped))
 		return false;
 	guest_rx_release(vr, &w->burst, &w->chains, done, &w->calls);
@@ -205,17 +209,28 @@ static void flush(struct worker *w)
 	w->dirty.nr = kept;
 }
 
+static inline uint32_t first_of(const struct worker *w, uint32_t n)
+{
+	return n > 1 ? w->first % n : 0;
+}
+
+static inline uint32_t next_of(uint32_t i, uint32_t n)
+{
+	return i + 1 == n ? 0 : i + 1;
+}
+
 bool worker_turn(struct worker *w, const struct snapshot *snap, bool all)
 {
 	const struct duty *duty = &snap->duties[w->index];
 	uint64_t start = cycles_now();
 	bool busy = false;
 
-	w->stalls = false;
+	w->tx_stalls = w->rx_stalls = false;
+	w->first++;
 	serve_requests(w, snap);
-	for (uint32_t i = 0; i < duty->nr_xsk; i++)
+	for (uint32_t n = 0, i = first_of(w, duty->nr_xsk); n < duty->nr_xsk; n++, i = next_of(i, duty->nr_xsk))
 		busy |= poll_xsk(w, snap, &duty->xsk[i]);
-	for (uint32_t i = 0; i < duty->nr_tx; i++)
+	for (uint32_t n = 0, i = first_of(w, duty->nr_tx); n < duty->nr_tx; n++, i = next_of(i, duty->nr_tx))
 		busy |= poll_tx(w, snap, &duty->tx[i]);
 	for (uint32_t i = 0; i < duty->nr_ctrl; i++)
 		busy |= poll_ctrl(w, &duty->ctrl[i]);
@@ -268,21 +283,20 @@ static void arm(const struct duty *duty)
 
 static void disarm(const struct duty *duty)
 {
-	for (uint32_t i = 0; i < duty->nr_tx; i++) {
+	for (uint32_t i = 0; i < duty->nr_tx; i++)
 		vring_disarm(duty->tx[i].vring);
-		if (duty->tx[i].vring->stalled_on)
-			vring_disarm(duty->tx[i].vring->stalled_on);
-	}
-	for (uint32_t i = 0; i < duty->nr_xsk; i++)
-		if (duty->xsk[i].xsk->stalled_on)
-			vring_disarm(duty->xsk[i].xsk->stalled_on);
+	/* receive rings are disarmed by whoever next delivers into them: guest_tx_burst() */
 }
 
 /* Milliseconds to sleep at most; -1: until something happens. */
 static int longest_sleep(const struct worker *w)
 {
-	int timeout = w->stalls ? 1 : -1;
+	int timeout = -1;
 
+	if (w->tx_stalls)
+		timeout = 1;
+	else if (w->rx_stalls || load_once(&w->blind))
+		timeout = 20;
 	for (uint32_t i = 0; i < w->dirty.nr; i++)
 		if (timeout < 0 || w->dirty.queues[i]->stuck < 100)
 			timeout = w->dirty.queues[i]->stuck < 100 ? 1 : 100; /* the device may be down for good */
@@ -293,25 +307,26 @@ static void sleep_until_work(struct worker *w, const struct snapshot *snap)
 {
 	const struct duty *duty = &snap->duties[w->index];
 	struct epoll_event events[EVENTS];
-	int n;
+	int n = 0, timeout;
 
 	arm(duty);
 	count_events(events, epoll_wait(w->epfd, events, EVENTS, 0));
 	if (!worker_turn(w, snap, true) && !load_acquire(&w->dp->stopping)) {
 		count(w->counters.sleeps, 1);
+		timeout = longest_sleep(w);
 		__atomic_store_n(&w->parked, true, __ATOMIC_SEQ_CST);
 		/* a snapshot published before `parked` was seen is found here; one published after it, by the wake-up */
 		if (__atomic_load_n(&w->dp->epoch, __ATOMIC_SEQ_CST) == w->seen)
-			n = epoll_wait(w->epfd, events, EVENTS, longest_sleep(w));
-		else
-			n = 0;
+			n = epoll_wait(w->epfd, events, EVENTS, timeout);
 		__atomic_store_n(&w->parked, false, __ATOMIC_SEQ_CST);
 		/* while parked the snapshot may have gone, and with it what the events and `duty` point to */
 		if (__atomic_load_n(&w->dp->snap, __ATOMIC_SEQ_CST)->serial != w->serial)
 			return;
-		count(w->counters.wakeups, n > 0);
 		count_events(events, n);
-		w->last_work = cycles_now(); /* whatever woke it is worth a look for spin_us */
+		if (n > 0) {
+			count(w->counters.wakeups, 1);
+			w->last_work = cycles_now(); /* whatever woke it is worth a look for spin_us */
+		}
 	}
 	disarm(duty);
 }
@@ -373,7 +388,9 @@ int xv_worker_run(struct xv_dp *dp, uint32_t index)
 		else
 			cpu_relax();
 	}
-	flush(w);
+	/* while it is running control waits for it, so the snapshot stays; but it may be one that no longer has the queues */
+	if (__atomic_load_n(&dp->snap, __ATOMIC_SEQ_CST)->serial == w->serial)
+		flush(w);
 	__atomic_store_n(&w->running, false, __ATOMIC_SEQ_CST);
 	return 0;
 }

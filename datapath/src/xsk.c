@@ -90,8 +90,8 @@ static void reap(struct xv_nicq *nicq)
 		store_release(nicq->comp.consumer, nicq->comp_cons);
 }
 
-/* The frame in one piece at `to`, its checksum finished. */
-static void linearize(uint8_t *to, const struct xv_view *view)
+/* The frame in one piece at `to`, its checksum finished; bytes copied. */
+static uint32_t linearize(uint8_t *to, const struct xv_view *view)
 {
 	const bool finish = view->flags & VIEW_NEEDS_CSUM;
 	uint32_t start = finish ? view->csum_start : view->len, done = 0;
@@ -112,23 +112,36 @@ static void linearize(uint8_t *to, const struct xv_view *view)
 
 		memcpy(to + view->csum_start + view->csum_offset, &sum, sizeof(sum));
 	}
+	return done;
+}
+
+/* A frame longer than an untagged one may be: whether its VLAN tags, two at most, account for it. */
+static bool tagged_fits(const struct xv_nicq *nicq, const struct xv_view *view, uint32_t max_len)
+{
+	uint8_t header[ETH_HEADER + 4] = {0};
+	uint32_t tags = 0;
+
+	view_peek(view, header, sizeof(header));
+	for (uint32_t at = 12; tags < 2 && net_is_tag(header + at); at += 4)
+		tags++;
+	return view->len <= MIN(max_len + 4 * tags, nicq->chunk);
 }
 
 void nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uint32_t n, uint32_t max_len, uint64_t *drops)
 {
 	struct xv_nicq_counters *counters = &nicq->counters;
-	uint64_t packets = 0, bytes = 0, finished = 0;
+	uint64_t packets = 0, bytes = 0, copied = 0, finished = 0;
 
-	max_len = MIN(max_len, nicq->chunk);
+	if (unlikely(load_once(&nicq->nr_free) < n)) /* asked without the lock: at worst one flush too many or too few */
+		nicq_tx_flush(nicq);
 	spin_lock(&nicq->tx_lock);
-	if (nicq->nr_free < n)
-		reap(nicq);
+	reap(nicq); /* at once, not when frames run out: those sent last are still in the cache */
 	for (uint32_t i = 0; i < n; i++) {
 		const struct xv_view *view = views[i];
 		struct xdp_desc *desc;
 		uint64_t addr;
 
-		if (unlikely(view->len > max_len)) {
+		if (unlikely(view->len > max_len) && !tagged_fits(nicq, view, max_len)) {
 			count(drops[XV_DROP_TOO_BIG], 1);
 			continue;
 		}
@@ -137,10 +150,12 @@ void nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uin
 			continue;
 		}
 		addr = nicq->free[--nicq->nr_free];
-		if (likely(!view->nr_more && !view->flags))
-			xv_copy(nicq->umem + addr, view->first.data, view->len);
-		else
-			linearize(nicq->umem + addr, view);
+		if (likely(!view->nr_more && !view->flags)) {
+			xv_copy(nicq->umem + addr, view->first.data, view->first.len);
+			copied += view->first.len;
+		} else {
+			copied += linearize(nicq->umem + addr, view);
+		}
 		desc = &nicq->tx.ring[nicq->tx_prod++ & nicq->tx.mask];
 		desc->addr = addr;
 		desc->len = view->len;
@@ -152,7 +167,7 @@ void nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uin
 	store_release(nicq->tx.producer, nicq->tx_prod);
 	count(counters->tx_packets, packets);
 	count(counters->tx_bytes, bytes);
-	count(counters->copied_bytes, bytes);
+	count(counters->copied_bytes, copied);
 	count(counters->csum_finished, finished);
 	spin_unlock(&nicq->tx_lock);
 }
@@ -163,8 +178,10 @@ bool nicq_tx_flush(struct xv_nicq *nicq)
 	uint32_t sent = load_acquire(nicq->tx.consumer), before = sent;
 	bool done;
 
-	spin_lock(&nicq->tx_lock);
-	for (uint32_t calls = 0; sent != nicq->tx_prod && calls < FLUSH_CALLS; calls++) {
+	/* no lock over system calls: whoever sends meanwhile only queues, and flushes itself in its next turn */
+	if (__atomic_exchange_n(&nicq->flushing, true, __ATOMIC_ACQUIRE))
+		return false;
+	for (uint32_t calls = 0; sent != load_acquire(nicq->tx.producer) && calls < FLUSH_CALLS; calls++) {
 		if (!(load_once(nicq->tx.flags) & XDP_RING_NEED_WAKEUP))
 			break; /* a zero-copy driver is at it */
 		count(counters->sendto_calls, 1);
@@ -175,11 +192,10 @@ bool nicq_tx_flush(struct xv_nicq *nicq)
 				break; /* EAGAIN without progress, ENETDOWN, ENOBUFS: later */
 		}
 		sent = load_acquire(nicq->tx.consumer);
-		reap(nicq);
 	}
-	done = sent == nicq->tx_prod || !(load_once(nicq->tx.flags) & XDP_RING_NEED_WAKEUP);
+	done = sent == load_acquire(nicq->tx.producer) || !(load_once(nicq->tx.flags) & XDP_RING_NEED_WAKEUP);
 	nicq->stuck = done || sent != before ? 0 : nicq->stuck + 1;
-	spin_unlock(&nicq->tx_lock);
+	store_release(&nicq->flushing, false);
 	return done;
 }
 
@@ -274,6 +290,12 @@ int xv_xsk_new(struct xv_nicq *nicq, const struct xv_xsk_conf *conf, struct xv_x
 
 void xv_xsk_free(struct xv_xsk *xsk)
 {
+	uint32_t backlog;
+
+	if (!xsk)
+		return;
+	while ((backlog = xsk_backlog(xsk))) /* no worker sees it any more */
+		xsk_rx_release(xsk, backlog);
 	free(xsk);
 }
 

@@ -215,6 +215,205 @@ static void test_nic_frames_wait(void)
 	world_free(&w);
 }
 
+static uint32_t frames_held(void)
+{
+	return FRAMES - (w.nic.fill_p - w.nic.fill_c);
+}
+
+/* Some buffers, but never enough for a frame: `keep` holds all the same. */
+static void test_nic_frames_wait_for_too_few_buffers(void)
+{
+	world_init(&w, 1, FEATURES | 1ull << VIRTIO_NET_F_MRG_RXBUF, 64, 0);
+	ring_buffer(&w.guests[0], &w.guests[0].ring[0], 64, VRING_DESC_F_WRITE);
+	make_frame(frame, 1500, w.guests[0].mac, nobody, 1);
+	for (uint32_t i = 0; i < FRAMES; i++)
+		CHECK(nic_receive(&w.nic, frame, 1500));
+	for (int i = 0; i < 10; i++)
+		worker_turn(&w.dp->workers[0], w.dp->snap, false);
+	CHECK_EQ(frames_held(), w.nic.xsk->keep);
+	CHECK_EQ(RX(0).drops[XV_DROP_NO_BUFFERS], FRAMES - w.nic.xsk->keep);
+	world_free(&w);
+}
+
+/* All that the ring can hold is not enough: the frame never fits, and does not block those behind it. */
+static void test_jumbo_for_a_small_ring(void)
+{
+	uint32_t len;
+
+	world_init(&w, 1, FEATURES | 1ull << VIRTIO_NET_F_MRG_RXBUF, 8, 0);
+	for (int i = 0; i < 8; i++)
+		ring_buffer(&w.guests[0], &w.guests[0].ring[0], 64, VRING_DESC_F_WRITE);
+	make_frame(frame, 1500, w.guests[0].mac, nobody, 1);
+	CHECK(nic_receive(&w.nic, frame, 1500));
+	CHECK(nic_receive(&w.nic, frame, 50));
+	world_run(&w);
+	CHECK_EQ(RX(0).drops[XV_DROP_TOO_BIG], 1);
+	CHECK_EQ(ring_reap(&w.guests[0].ring[0], &len), 0);
+	CHECK_EQ(len, HEADER + 50);
+	CHECK_EQ(frames_held(), 0);
+	world_free(&w);
+}
+
+/* A guest that is removed gives the frames in its socket back. */
+static void test_removed_guest_leaks_no_frames(void)
+{
+	const struct xv_snapshot_conf nothing = {0};
+
+	world_init(&w, 1, FEATURES, 8, 0);
+	make_frame(frame, 64, w.guests[0].mac, nobody, 1);
+	for (int i = 0; i < 20; i++)
+		CHECK(nic_receive(&w.nic, frame, 64));
+	worker_turn(&w.dp->workers[0], w.dp->snap, false);
+	CHECK_EQ(frames_held(), 20);
+	CHECK_EQ(xv_publish(w.dp, &nothing), 0);
+	xv_xsk_free(w.nic.xsk);
+	w.nic.xsk = NULL;
+	CHECK_EQ(frames_held(), 0);
+	world_free(&w);
+}
+
+/* Two guests flood a NIC that is slower than either: both get through. */
+static void test_senders_take_turns(void)
+{
+	uint64_t sent[2] = {0, 0};
+
+	world_init(&w, 2, FEATURES, 64, 0);
+	for (int turn = 0; turn < 400; turn++) {
+		for (int g = 0; g < 2; g++) {
+			struct ring *r = &w.guests[g].ring[1];
+
+			while (ring_reap(r, NULL) >= 0)
+				;
+			while ((uint16_t)(r->avail->idx - r->used->idx) < 32) {
+				w.guests[g].top = MEMORY / 2;
+				make_frame(frame, 64, nobody, w.guests[g].mac, (uint8_t)turn);
+				driver_send(&w.guests[g], frame, 64);
+			}
+		}
+		worker_turn(&w.dp->workers[0], w.dp->snap, false);
+		for (int i = 0; i < 16; i++)
+			if (nic_send(&w.nic, got))
+				sent[got[11] - 1]++;
+	}
+	CHECK(sent[0] > 4 * (sent[0] + sent[1]) / 10 && sent[1] > 4 * (sent[0] + sent[1]) / 10);
+	world_free(&w);
+}
+
+/* Tables of thousands of empty descriptors: what a burst may cost is bounded, and the guest is told. */
+static void test_walks_are_bounded(void)
+{
+	const uint32_t num = 4096;
+	struct vring_desc *table;
+	struct ring *r;
+	uint64_t at, started;
+
+	world_init(&w, 2, FEATURES | 1ull << VIRTIO_NET_F_MRG_RXBUF, num, 0);
+	r = &w.guests[0].ring[0];
+	at = driver_alloc(&w.guests[0], 16ull * num, 16);
+	table = (void *)(w.guests[0].memory + at);
+	for (uint32_t i = 0; i < num; i++)
+		table[i] = (struct vring_desc){GPA, 0, VRING_DESC_F_WRITE | VRING_DESC_F_NEXT, (uint16_t)(i + 1)};
+	table[num - 1] = (struct vring_desc){GPA, 1, VRING_DESC_F_WRITE, 0};
+	for (uint16_t i = 0; i < num; i++) {
+		ring_desc(r, i, GPA + at, 16 * num, VRING_DESC_F_INDIRECT, -1);
+		ring_offer(r, i);
+	}
+	make_frame(frame, 1000, w.guests[0].mac, w.guests[1].mac, 1);
+	for (int i = 0; i < 32; i++)
+		driver_send(&w.guests[1], frame, 1000);
+	started = cycles_now();
+	world_run(&w);
+	CHECK((cycles_now() - started) / w.dp->cycles_per_us < 20000); /* 425 ms before there was a budget */
+	CHECK_EQ(xv_guest_fault(w.guests[0].guest)->code, XV_FAULT_CHAIN);
+	world_free(&w);
+
+	/* sent: one such chain is one drop, and the next frame goes */
+	world_init(&w, 2, FEATURES, num, 0);
+	r = &w.guests[0].ring[1];
+	at = driver_alloc(&w.guests[0], 16ull * num, 16);
+	table = (void *)(w.guests[0].memory + at);
+	for (uint32_t i = 0; i < num; i++)
+		table[i] = (struct vring_desc){GPA, 0, i + 1 < num ? VRING_DESC_F_NEXT : 0, (uint16_t)(i + 1)};
+	ring_desc(r, r->next++, GPA + at, 16 * num, VRING_DESC_F_INDIRECT, -1);
+	ring_offer(r, 0);
+	make_frame(frame, 64, nobody, w.guests[0].mac, 1);
+	driver_send(&w.guests[0], frame, 64);
+	world_run(&w);
+	CHECK_EQ(TX(0).drops[XV_DROP_BAD_CHAIN], 1);
+	CHECK_EQ(nic_send(&w.nic, got), 64);
+	world_free(&w);
+}
+
+/* An indirect table at an odd address, and one that lies in two regions. */
+static void test_odd_tables(void)
+{
+	struct xv_region halves[2] = {{GPA, MEMORY / 2, USER, 0}, {GPA + MEMORY / 2, MEMORY / 2, USER + MEMORY / 2, 0}};
+	uint64_t places[2];
+
+	world_init(&w, 2, FEATURES, 8, 0);
+	places[0] = driver_alloc(&w.guests[0], 64, 16) + 3;
+	places[1] = MEMORY / 2 - 24; /* the second descriptor is cut in two */
+	for (int split = 0; split < 2; split++) {
+		for (int p = 0; p < 2; p++) {
+			struct driver *d = &w.guests[0];
+			struct ring *r = &d->ring[1];
+			uint64_t data = driver_alloc(d, 200, 16);
+			struct vring_desc table[2] = {{GPA + data, HEADER + 30, VRING_DESC_F_NEXT, 1},
+						      {GPA + data + HEADER + 30, 70, 0, 0}};
+			uint16_t i = r->next++ % r->num;
+
+			make_frame(frame, 100, nobody, d->mac, (uint8_t)(2 * split + p));
+			memcpy(d->memory + data + HEADER, frame, 100);
+			memcpy(d->memory + places[p], table, sizeof(table));
+			ring_desc(r, i, GPA + places[p], sizeof(table), VRING_DESC_F_INDIRECT, -1);
+			ring_offer(r, i);
+			world_run(&w);
+			CHECK_EQ(nic_send(&w.nic, got), 100);
+			CHECK(!memcmp(got, frame, 100));
+		}
+		if (!split) { /* the same memory as two regions: everything again */
+			struct driver *d = &w.guests[0];
+			struct xv_mem *old = d->mem;
+
+			halves[0].host = (uintptr_t)d->memory;
+			halves[1].host = (uintptr_t)d->memory + MEMORY / 2;
+			CHECK_EQ(xv_mem_new(halves, 2, d->guest, &d->mem), 0);
+			for (int i = 0; i < 4; i++) {
+				struct xv_vring_conf conf = ring_conf(d, &d->ring[i]);
+				struct xv_vring *vr = d->ring[i].vr;
+
+				CHECK_EQ(xv_vring_new(d->mem, &conf, &d->ring[i].vr), 0);
+				world_publish(&w);
+				xv_vring_free(vr);
+			}
+			xv_mem_free(old);
+		}
+	}
+	world_free(&w);
+}
+
+/* The longest frames of each kind that fit an MTU of 1500, and one byte more. */
+static void test_mtu_with_tags(void)
+{
+	static const struct {
+		uint32_t tags, len;
+	} fits[] = {{0, 1514}, {1, 1518}, {2, 1522}};
+
+	world_init(&w, 1, FEATURES, 8, 0);
+	for (size_t i = 0; i < ARRAY_SIZE(fits); i++) {
+		for (uint32_t over = 0; over < 2; over++) {
+			make_frame(frame, fits[i].len + over, nobody, w.guests[0].mac, 1);
+			for (uint32_t t = 0; t < fits[i].tags; t++)
+				memcpy(frame + 12 + 4 * t, (uint8_t[]){t ? 0x81 : 0x88, t ? 0x00 : 0xa8, 0, 5}, 4);
+			driver_send(&w.guests[0], frame, fits[i].len + over);
+			world_run(&w);
+			CHECK_EQ(nic_send(&w.nic, got), over ? 0 : fits[i].len);
+		}
+		CHECK_EQ(TX(0).drops[XV_DROP_TOO_BIG], i + 1);
+	}
+	world_free(&w);
+}
+
 static void test_flood(void)
 {
 	uint8_t *buffers[3];
@@ -620,6 +819,13 @@ int main(void)
 	test_merge_shortage_rolls_back();
 	test_stalled_receiver_is_bounded();
 	test_nic_frames_wait();
+	test_nic_frames_wait_for_too_few_buffers();
+	test_jumbo_for_a_small_ring();
+	test_removed_guest_leaks_no_frames();
+	test_senders_take_turns();
+	test_walks_are_bounded();
+	test_odd_tables();
+	test_mtu_with_tags();
 	test_flood();
 	test_interleaved();
 	test_vlan_lookup();

@@ -40,9 +40,10 @@ def test_promql_equals_the_frames_sent(quiet_lab: Lab) -> None:
         f"--storage.tsdb.path={quiet_lab.directory}/tsdb",
         "--web.listen-address=127.0.0.1:9090",
     )
-    with server, TestPmd(
-        [VirtioUser(daemon.socket("vm1"), guest_mac(1), queues=QUEUES)], directory=quiet_lab.directory
-    ) as pmd:
+    with (
+        server,
+        TestPmd([VirtioUser(daemon.socket("vm1"), guest_mac(1), queues=QUEUES)], directory=quiet_lab.directory) as pmd,
+    ):
         daemon.wait_connected("vm1")
         server.wait_line("Server is ready", 30)
         zero = {str(queue): 0 for queue in range(QUEUES)}
