@@ -132,7 +132,7 @@ GUEST_KICKS = Metric(
     "xdpvhost_guest_kicks_total",
     "counter",
     ("guest", "queue", "direction"),
-    "Wake-ups by the guest's notifications for its receive (rx) or transmit (tx) ring; while a worker polls there are none.",
+    "Wake-ups by the guest's notifications for its receive (rx) or transmit (tx) ring; none while a worker polls.",
 )
 GUEST_CALLS = Metric(
     "xdpvhost_guest_calls_total",
