@@ -19,7 +19,7 @@ MAP_PRIVATE, MAP_ANONYMOUS, MAP_HUGETLB = 0x02, 0x20, 0x40000
 MADV_DONTFORK, MADV_HUGEPAGE = 10, 14
 MAP_FAILED = (1 << ctypes.sizeof(c_void_p) * 8) - 1
 
-RX_FRAMES = 4096  # a queue's frames that wait for the NIC or lie in guests' rings
+RX_FRAMES = 2048  # a queue's frames that wait for the NIC or lie in guests' rings; more would not fit the caches
 TX_FRAMES = 2048
 
 _XDP_HEADROOM = 256  # that the kernel keeps before every received frame

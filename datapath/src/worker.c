@@ -8,6 +8,8 @@
  * Going to sleep: ask every ring for notifications (arm), drop events that are already stale, look at every ring once
  * more, then block in epoll_wait. A frame that comes after the look raises an event; one that came before is seen.
  *
+ * Under load, a turn that found only a few frames is followed by a pause of a microsecond: gather().
+ *
  * Waiting for buffers: frames from a NIC may wait in the guest's own socket (`keep`, then the oldest are dropped); the
  * guest's kick ends the wait, or 20 ms where another worker gets that kick.
  * Frames from another guest may wait in the sender's ring, but only for as long as the sender has patience: an eighth
@@ -25,6 +27,7 @@
 #define PATIENCE_US 1000u
 #define PATIENCE_SHARE 8u
 #define EVENTS 64
+#define GATHER_NS 1000u
 #define RARP_BYTES 60u
 
 /* ---- one source, one burst; true when there was work ---- */
@@ -351,11 +354,23 @@ static void adopt(struct worker *w, const struct snapshot *snap)
 	disarm(duty);
 }
 
+/*
+ * A turn moved only a few frames: let more of them come. Looking again at once would find one or two, and the rings'
+ * cache lines would go to and fro for each; after a microsecond there is a burst (docs/performance.md has the figures).
+ */
+static void gather(const struct xv_dp *dp)
+{
+	uint64_t until = cycles_now() + GATHER_NS * dp->cycles_per_us / 1000;
+
+	while (cycles_now() < until)
+		cpu_relax();
+}
+
 int xv_worker_run(struct xv_dp *dp, uint32_t index)
 {
 	const struct snapshot *snap = NULL;
 	struct worker *w;
-	uint64_t spin;
+	uint64_t spin, moved;
 	sigset_t pipe;
 
 	if (index >= dp->conf.workers)
@@ -381,7 +396,13 @@ int xv_worker_run(struct xv_dp *dp, uint32_t index)
 			adopt(w, snap);
 		}
 		__atomic_store_n(&w->seen, epoch, __ATOMIC_RELEASE);
-		if (worker_turn(w, snap, false) || dp->conf.poll == XV_POLL_BUSY)
+		moved = w->counters.packets;
+		if (worker_turn(w, snap, false)) {
+			if (w->counters.packets - moved < XV_BURST / 2)
+				gather(dp);
+			continue;
+		}
+		if (dp->conf.poll == XV_POLL_BUSY)
 			continue;
 		if (cycles_now() - w->last_work >= spin)
 			sleep_until_work(w, snap);
