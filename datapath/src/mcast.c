@@ -60,7 +60,7 @@ static bool make_view(struct xv_mcast *mcast, struct mcast_slot *slot, uint8_t *
 		slot->hdr.csum_start = (uint16_t)(slot->hdr.csum_start + tag);
 	}
 	*view = (struct xv_view){.first = {frame, len}, .len = len};
-	if (!net_header_in(&slot->hdr, true, view)) {
+	if (!net_header_in(&slot->hdr, true, 0, view)) {
 		count(mcast->counters.dropped, 1);
 		return false;
 	}

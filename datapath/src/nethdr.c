@@ -1,21 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "nethdr.h"
 
-#include <netinet/in.h>
-
-#define ETHERTYPE(hi, lo) ((uint16_t)((hi) << 8 | (lo)))
-
-static inline uint16_t be16(const uint8_t *p)
-{
-	return (uint16_t)(p[0] << 8 | p[1]);
-}
-
-/* Byte offset of the checksum in the transport header, 0 if the protocol has none that we finish. */
-static inline uint32_t csum_field(uint8_t protocol)
-{
-	return protocol == IPPROTO_TCP ? 16 : protocol == IPPROTO_UDP ? 6 : 0;
-}
-
 /* Offset of the transport header behind IPv6 extension headers; 0 when there is none in reach. */
 static uint32_t skip_ipv6_extensions(const uint8_t *frame, uint32_t len, uint32_t at, uint8_t *next)
 {
@@ -30,58 +15,90 @@ static uint32_t skip_ipv6_extensions(const uint8_t *frame, uint32_t len, uint32_
 	return 0;
 }
 
-void net_find_partial(const uint8_t *frame, uint32_t len, struct xv_view *view)
+static bool parse_ipv4(const uint8_t *frame, uint32_t len, struct net_headers *h)
 {
-	uint32_t at = ETH_HEADER, transport, payload, field;
-	uint16_t type;
-	uint64_t sum;
-	uint8_t protocol;
+	const uint8_t *ip = frame + h->ip;
+	uint32_t header, total;
+
+	if (h->ip + 20 > len)
+		return false;
+	header = (ip[0] & 15u) * 4u;
+	total = be16(ip + 2);
+	/* fragments are finished before they are cut */
+	if (ip[0] >> 4 != 4 || header < 20 || total < header || be16(ip + 6) & 0x3fff || h->ip + header > len)
+		return false;
+	h->ipv6 = false;
+	h->protocol = ip[9];
+	h->transport = h->ip + header;
+	h->end = h->ip + total;
+	h->addresses = csum_load32(ip + 12) + csum_load32(ip + 16);
+	return true;
+}
+
+static bool parse_ipv6(const uint8_t *frame, uint32_t len, struct net_headers *h)
+{
+	const uint8_t *ip = frame + h->ip;
+
+	if (h->ip + 40 > len || ip[0] >> 4 != 6)
+		return false;
+	h->ipv6 = true;
+	h->protocol = ip[6];
+	h->end = h->ip + 40 + be16(ip + 4);
+	h->transport = skip_ipv6_extensions(frame, len, h->ip + 40, &h->protocol);
+	if (!h->transport || h->transport > h->end)
+		return false;
+	h->addresses = 0;
+	for (uint32_t i = 8; i < 40; i += 4)
+		h->addresses += csum_load32(ip + i);
+	return true;
+}
+
+bool net_parse(const uint8_t *frame, uint32_t len, struct net_headers *h)
+{
+	uint32_t at = ETH_HEADER;
 
 	if (len < ETH_HEADER + 20)
-		return;
-	type = be16(frame + 12);
-	for (int tags = 0; tags < 2 && (type == ETHERTYPE(0x81, 0x00) || type == ETHERTYPE(0x88, 0xa8)); tags++) {
-		type = be16(frame + at + 2);
+		return false;
+	for (int tags = 0; tags < 2 && net_is_tag(frame + at - 2); tags++)
 		at += 4;
-	}
-	if (type == ETHERTYPE(0x08, 0x00)) {
-		const uint8_t *ip = frame + at;
-		uint32_t header, total;
+	h->ip = at;
+	if (at > len)
+		return false;
+	if (frame[at - 2] == 0x08 && frame[at - 1] == 0x00)
+		return parse_ipv4(frame, len, h);
+	if (frame[at - 2] == 0x86 && frame[at - 1] == 0xdd)
+		return parse_ipv6(frame, len, h);
+	return false;
+}
 
-		if (at + 20 > len)
-			return;
-		header = (ip[0] & 15u) * 4u;
-		total = be16(ip + 2);
-		/* fragments are finished before they are cut */
-		if (ip[0] >> 4 != 4 || header < 20 || total < header || at + total > len || be16(ip + 6) & 0x3fff)
-			return;
-		protocol = ip[9];
-		transport = at + header;
-		payload = total - header;
-		sum = csum_load32(ip + 12) + csum_load32(ip + 16);
-	} else if (type == ETHERTYPE(0x86, 0xdd)) {
-		const uint8_t *ip = frame + at;
+void net_find_partial(const uint8_t *frame, uint32_t len, struct xv_view *view)
+{
+	struct net_headers h;
+	uint32_t field;
 
-		if (at + 40 > len || at + 40 + be16(ip + 4) > len)
-			return;
-		protocol = ip[6];
-		transport = skip_ipv6_extensions(frame, len, at + 40, &protocol);
-		if (!transport || transport > at + 40 + be16(ip + 4))
-			return;
-		payload = at + 40 + be16(ip + 4) - transport;
-		sum = 0;
-		for (uint32_t i = 8; i < 40; i += 4)
-			sum += csum_load32(ip + i);
-	} else {
+	if (!net_parse(frame, len, &h) || h.end > len)
 		return;
-	}
-	field = csum_field(protocol);
-	if (!field || payload < field + 2)
+	field = net_csum_field(h.protocol);
+	if (!field || h.end - h.transport < field + 2)
 		return;
-	sum += htons((uint16_t)payload) + htons(protocol);
-	if (csum_load16(frame + transport + field) != csum_fold(sum))
+	if (csum_load16(frame + h.transport + field) != net_pseudo_sum(&h, h.end - h.transport))
 		return;
 	view->flags |= VIEW_NEEDS_CSUM;
-	view->csum_start = (uint16_t)transport;
+	view->csum_start = (uint16_t)h.transport;
 	view->csum_offset = (uint16_t)field;
+}
+
+uint32_t net_gso_bits(uint64_t features, bool host)
+{
+	const uint64_t csum = 1ull << (host ? VIRTIO_NET_F_CSUM : VIRTIO_NET_F_GUEST_CSUM);
+	const uint64_t tso4 = 1ull << (host ? VIRTIO_NET_F_HOST_TSO4 : VIRTIO_NET_F_GUEST_TSO4);
+	const uint64_t tso6 = 1ull << (host ? VIRTIO_NET_F_HOST_TSO6 : VIRTIO_NET_F_GUEST_TSO6);
+	const uint64_t ecn = 1ull << (host ? VIRTIO_NET_F_HOST_ECN : VIRTIO_NET_F_GUEST_ECN);
+	const uint64_t uso = host ? 1ull << F_HOST_USO : 1ull << F_GUEST_USO4 | 1ull << F_GUEST_USO6;
+
+	if (!(features & csum))
+		return 0;
+	return (features & tso4 ? GSO_BIT(VIRTIO_NET_HDR_GSO_TCPV4) : 0) |
+	       (features & tso6 ? GSO_BIT(VIRTIO_NET_HDR_GSO_TCPV6) : 0) | (features & ecn ? GSO_BIT_ECN : 0) |
+	       ((features & uso) == uso ? GSO_BIT(VIRTIO_NET_HDR_GSO_UDP_L4) : 0);
 }

@@ -11,17 +11,20 @@
 
 #include <linux/if_xdp.h>
 
+#include "gso.h"
 #include "vring.h"
 
 /* ---- guest (vhost.c) ---- */
 
-struct call_ctx { /* what a worker lends to whoever interrupts guests */
+struct call_ctx { /* what a worker lends to whoever delivers to guests */
 	const struct xv_vring *calling; /* being written to right now; the watchdog looks at it */
+	struct gso_room room;           /* for frames cut on the way, or joined before it */
 };
 
 /* The chains of a burst: first `skipped` ones whose frames were dropped, then one for each view. */
 struct burst_chains {
 	uint16_t head[XV_BURST];
+	struct gso_header gso[XV_BURST]; /* of the views that have a gso_type */
 	uint32_t skipped;
 };
 

@@ -31,6 +31,8 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 	port->guest = (struct xv_guest *)(uintptr_t)conf->guest;
 	port->nic = conf->nic;
 	port->worker = conf->worker;
+	/* a joined frame needs several of the usual buffers */
+	port->join = conf->features & 1ull << VIRTIO_NET_F_MRG_RXBUF ? net_gso_bits(conf->features, false) : 0;
 	port->own_ctrl = conf->ctrl != XV_NO_RING;
 	if (!port->guest || !conf->max_pairs || conf->max_pairs > port->guest->max_pairs ||
 	    conf->nr_rings > 2 * port->guest->max_pairs + 1)

@@ -13,6 +13,7 @@ struct port { /* a guest */
 	struct xv_guest *guest;
 	struct xv_vring **rx; /* nr_rx receive rings by pair, NULL where not started */
 	uint32_t nr_rx, nic, worker;
+	uint32_t join;        /* GSO_BITs of what its frames may be joined to on the way from a NIC */
 	bool own_ctrl;        /* the control virtqueue is ours, so pairs are switched on by it */
 };
 

@@ -72,6 +72,28 @@ void switch_drop_stalled(struct xv_vring *stalled, uint32_t n)
 		drop_rx(stalled->queue, XV_DROP_NO_BUFFERS, n);
 }
 
+/* Whether a ring takes a frame in one piece. */
+static inline bool takes(const struct xv_vring *vr, const struct xv_view *view)
+{
+	return likely(!view->gso_type) || net_gso_allowed(view->gso_type, vr->guest_gso);
+}
+
+/* A GSO frame for a guest that does not take such: in segments. Those that find no buffer are dropped. */
+static void cut_to_guest(struct xv_vring *vr, const struct xv_view *view, struct call_ctx *ctx)
+{
+	struct gso_cut cut;
+	uint32_t n, done;
+
+	gso_cut_init(&cut, view);
+	while ((n = gso_cut_next(&cut, &ctx->room))) {
+		done = guest_tx_burst(vr, ctx->room.list, n, ctx);
+		if (done < n) {
+			switch_drop_stalled(vr, n - done + gso_cut_left(&cut));
+			return;
+		}
+	}
+}
+
 uint32_t switch_to_guest(const struct snapshot *snap, uint32_t index, uint32_t hint, const struct xv_view *const *views,
 			 uint32_t n, struct call_ctx *ctx, struct xv_vring **stalled)
 {
@@ -83,22 +105,51 @@ uint32_t switch_to_guest(const struct snapshot *snap, uint32_t index, uint32_t h
 		drop_rx(&port->guest->queues[hint % port->guest->max_pairs], XV_DROP_NOT_CONNECTED, n);
 		return n;
 	}
-	done = guest_tx_burst(vr, views, n, ctx);
-	if (done < n)
-		*stalled = vr;
+	for (done = 0; done < n;) {
+		uint32_t whole = 0, taken;
+
+		while (done + whole < n && takes(vr, views[done + whole]))
+			whole++;
+		if (likely(whole)) {
+			taken = guest_tx_burst(vr, views + done, whole, ctx);
+			done += taken;
+			if (taken < whole) {
+				*stalled = vr;
+				break;
+			}
+		} else {
+			cut_to_guest(vr, views[done++], ctx);
+		}
+	}
 	return done;
 }
 
 static void to_uplink(const struct snapshot *snap, const struct origin *from, const struct xv_view *const *views, uint32_t n,
-		      struct dirty *dirty)
+		      struct call_ctx *ctx, struct dirty *dirty)
 {
+	const uint32_t max_len = snap->nics[from->nic].max_len;
+
 	if (!from->drops)
 		return; /* came from the NIC: it has been on that wire */
 	if (unlikely(!from->uplink)) {
 		count(from->drops[XV_DROP_NO_UPLINK], n);
 		return;
 	}
-	nicq_tx_burst(from->uplink, views, n, snap->nics[from->nic].max_len, from->drops);
+	for (uint32_t i = 0, run; i < n; i += run) {
+		struct gso_cut cut;
+		uint32_t segments;
+
+		for (run = 0; i + run < n && !views[i + run]->gso_type; run++)
+			;
+		if (likely(run)) {
+			nicq_tx_burst(from->uplink, views + i, run, max_len, from->drops);
+			continue;
+		}
+		run = 1;
+		gso_cut_init(&cut, views[i]);
+		while ((segments = gso_cut_next(&cut, &ctx->room)))
+			nicq_tx_burst(from->uplink, ctx->room.list, segments, max_len, from->drops);
+	}
 	mark_dirty(dirty, from->uplink);
 }
 
@@ -116,7 +167,7 @@ static void flood(const struct snapshot *snap, const struct origin *from, const 
 			switch_drop_stalled(stalled, n - done);
 	}
 	if (from->uplink)
-		to_uplink(snap, from, views, n, dirty);
+		to_uplink(snap, from, views, n, ctx, dirty);
 }
 
 /* Views [0, n) all go to the same place; answers how many are done with. */
@@ -126,7 +177,7 @@ static uint32_t forward(const struct snapshot *snap, const struct origin *from, 
 	if (to == TO_FLOOD) {
 		flood(snap, from, views, n, ctx, dirty);
 	} else if (to == NO_PORT || snap->ports[to].nic != from->nic || to == from->port) {
-		to_uplink(snap, from, views, n, dirty);
+		to_uplink(snap, from, views, n, ctx, dirty);
 	} else {
 		return switch_to_guest(snap, to, from->hint, views, n, ctx, stalled);
 	}

@@ -21,8 +21,9 @@
  * A chain of several descriptors, an indirect one, or a faulty one: the walk decides, from what the table says now.
  * False: there is no view of it. It is counted as dropped only if it is the burst's first, for only then it is skipped.
  */
-static bool view_walk(struct xv_vring *vr, uint16_t head, struct xv_burst *burst, struct xv_view *view, uint32_t *budget)
+static bool view_walk(struct xv_vring *vr, uint16_t head, struct xv_burst *burst, struct gso_header *gso, uint32_t *budget)
 {
+	struct xv_view *view = &burst->views[burst->nr];
 	struct xv_seg *segs = &burst->segs[burst->nr_segs];
 	struct virtio_net_hdr_mrg_rxbuf hdr;
 	uint32_t skip = vr->header_len, at = 0, nr;
@@ -61,7 +62,9 @@ static bool view_walk(struct xv_vring *vr, uint16_t head, struct xv_burst *burst
 	view->nr_more = (uint16_t)(nr - at - 1);
 	view->len = (uint32_t)(bytes - skip);
 	why = XV_DROP_BAD_HEADER;
-	if (unlikely(!net_header_in(&hdr.hdr, vr->csum, view)))
+	if (unlikely(!net_header_in(&hdr.hdr, vr->csum, vr->host_gso, view)))
+		goto drop;
+	if (view->gso_type && !gso_check(view, gso))
 		goto drop;
 	burst->nr_segs += nr;
 	return true;
@@ -72,7 +75,8 @@ drop:
 }
 
 /* The common shape: one readable descriptor, header and frame together in one region. */
-static inline bool view_single(struct xv_vring *vr, const struct vring_desc *desc, struct xv_view *view)
+static inline bool view_single(struct xv_vring *vr, const struct vring_desc *desc, struct xv_view *view,
+			       struct gso_header *gso)
 {
 	const uint32_t skip = vr->header_len;
 	struct virtio_net_hdr hdr;
@@ -90,7 +94,9 @@ static inline bool view_single(struct xv_vring *vr, const struct vring_desc *des
 	view->first = (struct xv_seg){p + skip, desc->len - skip};
 	view->nr_more = 0;
 	view->len = desc->len - skip;
-	return likely(net_header_in(&hdr, vr->csum, view));
+	if (unlikely(!net_header_in(&hdr, vr->csum, vr->host_gso, view)))
+		return false;
+	return likely(!view->gso_type) || gso_check(view, gso);
 }
 
 void guest_rx_burst(struct xv_vring *vr, struct xv_burst *burst, struct burst_chains *chains)
@@ -116,9 +122,10 @@ void guest_rx_burst(struct xv_vring *vr, struct xv_burst *burst, struct burst_ch
 		prefetch(mem_at(vr->mem, descs[i].addr, 1, &got));
 	}
 	for (uint32_t i = 0; i < ready; i++) {
-		struct xv_view *view = &burst->views[burst->nr];
+		struct gso_header *gso = &chains->gso[burst->nr];
 
-		if (unlikely(!view_single(vr, &descs[i], view)) && !view_walk(vr, chains->head[i], burst, view, &budget)) {
+		if (unlikely(!view_single(vr, &descs[i], &burst->views[burst->nr], gso)) &&
+		    !view_walk(vr, chains->head[i], burst, gso, &budget)) {
 			/* dropped, faulted, or no room for its segments: a later burst's business, unless this one is empty */
 			if (burst->nr || guest_faulted(vr->guest))
 				break;

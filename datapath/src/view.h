@@ -18,6 +18,8 @@ struct xv_seg {
 	uint32_t len;
 };
 
+struct gso_header; /* gso.h */
+
 #define VIEW_NEEDS_CSUM 1u /* the checksum at csum_start + csum_offset holds only the pseudo-header's sum */
 
 struct xv_view {
@@ -26,8 +28,10 @@ struct xv_view {
 	uint32_t len;              /* of the whole frame, from the Ethernet header on */
 	uint16_t nr_more;
 	uint16_t csum_start, csum_offset; /* from the Ethernet header; only with VIEW_NEEDS_CSUM */
-	uint8_t flags;
+	uint16_t gso_size, hdr_len;       /* payload of a segment, and bytes of headers: only with a gso_type */
+	uint8_t flags, gso_type;          /* gso_type: VIRTIO_NET_HDR_GSO_*, never without VIEW_NEEDS_CSUM */
 	uint32_t to; /* destination, by the switch */
+	const struct gso_header *gso; /* with a gso_type, of a guest's frame: its headers, checked */
 };
 
 struct xv_burst {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "vring.h"
 
+#include "nethdr.h"
+
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
@@ -211,6 +213,8 @@ int xv_vring_new(struct xv_mem *mem, const struct xv_vring_conf *conf, struct xv
 	vr->mergeable = features & 1ull << VIRTIO_NET_F_MRG_RXBUF;
 	vr->csum = features & 1ull << VIRTIO_NET_F_CSUM;
 	vr->guest_csum = features & 1ull << VIRTIO_NET_F_GUEST_CSUM;
+	vr->host_gso = net_gso_bits(features, true);
+	vr->guest_gso = net_gso_bits(features, false);
 	vr->header_len = (vr->mergeable || features & 1ull << VIRTIO_F_VERSION_1) ? sizeof(struct virtio_net_hdr_mrg_rxbuf)
 										 : sizeof(struct virtio_net_hdr);
 	vr->call_fd = conf->call_fd;

@@ -36,6 +36,7 @@ struct xv_vring {
 	uint16_t mask;
 	uint8_t header_len;        /* of the virtio-net header: 10 or 12 bytes */
 	bool event_idx, indirect, mergeable, csum, guest_csum, call_is_socket;
+	uint32_t host_gso, guest_gso; /* GSO_BITs: what the guest may send, and what it takes */
 	/* set by control while it runs */
 	int call_fd;
 	bool armed; /* a worker waits for a kick */

@@ -45,10 +45,19 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 		stalled = xsk->stalled_on;
 		done = 0;
 	} else {
+		uint32_t join = snap->ports[source->port].join, frames[XV_BURST], n;
+
 		xsk_rx_burst(xsk, &w->burst);
-		for (uint32_t i = 0; i < w->burst.nr; i++)
-			views[i] = &w->burst.views[i];
-		done = switch_to_guest(snap, source->port, source->hint, views, w->burst.nr, &w->calls, &stalled);
+		n = w->burst.nr;
+		if (join) {
+			n = gso_join(w->burst.views, n, join, &w->calls.room, frames);
+			done = switch_to_guest(snap, source->port, source->hint, w->calls.room.list, n, &w->calls, &stalled);
+			done = done ? frames[done - 1] : 0;
+		} else {
+			for (uint32_t i = 0; i < n; i++)
+				views[i] = &w->burst.views[i];
+			done = switch_to_guest(snap, source->port, source->hint, views, n, &w->calls, &stalled);
+		}
 		count(w->counters.packets, done);
 	}
 	xsk->stalled_on = stalled;

@@ -46,6 +46,7 @@ void xsk_rx_burst(struct xv_xsk *xsk, struct xv_burst *burst)
 		view->len = desc->len;
 		view->nr_more = 0;
 		view->flags = 0;
+		view->gso_type = 0;
 		if (partial)
 			net_find_partial(view->first.data, view->len, view);
 	}

@@ -194,7 +194,7 @@ static inline void driver_send(struct driver *d, const uint8_t *frame, uint32_t 
 
 /* ---- a NIC queue with the kernel played by the test ---- */
 
-#define FRAMES 64u
+#define FRAMES 64u /* a GSO frame of 64 KiB is 47 segments of 1400 bytes */
 #define CHUNK 2048u
 
 struct nic_side {

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gso.h"
+
+#define TCP_FIN 0x01u
+#define TCP_PSH 0x08u
+#define TCP_ACK 0x10u
+#define TCP_CWR 0x80u
+
+/* The transport header's length; 0 when it cannot be. */
+static uint32_t transport_len(const uint8_t *header, uint32_t len, const struct net_headers *h)
+{
+	uint32_t bytes;
+
+	if (h->protocol == IPPROTO_UDP)
+		return h->transport + 8 <= len ? 8 : 0;
+	if (h->transport + 20 > len)
+		return 0;
+	bytes = (header[h->transport + 12] >> 4) * 4u;
+	return bytes >= 20 && h->transport + bytes <= len ? bytes : 0;
+}
+
+bool gso_check(struct xv_view *view, struct gso_header *header)
+{
+	const uint8_t type = view->gso_type & ~VIRTIO_NET_HDR_GSO_ECN;
+	const bool udp = type == VIRTIO_NET_HDR_GSO_UDP_L4;
+	struct net_headers *h = &header->h;
+	uint32_t len = view_peek(view, header->bytes, sizeof(header->bytes)), bytes;
+
+	if (!net_parse(header->bytes, len, h) || h->transport != view->csum_start ||
+	    h->protocol != (udp ? IPPROTO_UDP : IPPROTO_TCP) || view->csum_offset != net_csum_field(h->protocol))
+		return false;
+	if (!udp && h->ipv6 != (type == VIRTIO_NET_HDR_GSO_TCPV6))
+		return false;
+	bytes = transport_len(header->bytes, len, h);
+	/* nothing behind the IP packet, and at least a byte of payload; all lengths are below 2^17 */
+	if (!bytes || h->end != view->len || h->transport + bytes >= view->len)
+		return false;
+	header->len = h->transport + bytes;
+	view->hdr_len = (uint16_t)header->len;
+	view->gso = header;
+	return true;
+}
+
+void gso_cut_init(struct gso_cut *cut, const struct xv_view *view)
+{
+	*cut = (struct gso_cut){.view = view, .payload = view->len - view->gso->len, .offset = view->gso->len};
+}
+
+static const struct xv_seg *seg_at(const struct xv_view *view, uint32_t i)
+{
+	return i ? &view->more[i - 1] : &view->first;
+}
+
+/* Set lengths, numbers, flags and the pseudo-header's sum of one segment's headers. */
+static void fit_header(uint8_t *header, const struct gso_cut *cut, uint32_t len, bool last)
+{
+	const struct net_headers *h = &cut->view->gso->h;
+	uint8_t *ip = header + h->ip, *transport = header + h->transport;
+	uint32_t transport_bytes = cut->view->gso->len - h->transport + len;
+	uint16_t sum;
+
+	if (h->ipv6) {
+		put_be16(ip + 4, h->transport - h->ip - 40 + transport_bytes);
+	} else {
+		put_be16(ip + 2, h->transport - h->ip + transport_bytes);
+		put_be16(ip + 4, be16(ip + 4) + cut->index);
+		put_be16(ip + 10, 0);
+		sum = (uint16_t)~csum_fold(csum_of(ip, h->transport - h->ip));
+		memcpy(ip + 10, &sum, sizeof(sum));
+	}
+	if (h->protocol == IPPROTO_UDP) {
+		put_be16(transport + 4, transport_bytes);
+	} else {
+		put_be32(transport + 4, be32(transport + 4) + cut->done);
+		if (!last)
+			transport[13] &= (uint8_t)~(TCP_FIN | TCP_PSH);
+		if (cut->index)
+			transport[13] &= (uint8_t)~TCP_CWR;
+	}
+	sum = net_pseudo_sum(h, transport_bytes);
+	memcpy(transport + net_csum_field(h->protocol), &sum, sizeof(sum));
+}
+
+uint32_t gso_cut_next(struct gso_cut *cut, struct gso_room *room)
+{
+	const struct xv_view *whole = cut->view;
+	const struct gso_header *gso = whole->gso;
+	uint32_t n = 0, segs = 0;
+
+	while (n < XV_BURST && cut->done < cut->payload) {
+		uint32_t len = MIN((uint32_t)whole->gso_size, cut->payload - cut->done), left = len;
+		struct xv_view *view = &room->views[n];
+
+		*view = (struct xv_view){
+			.first = {room->headers[n], gso->len},
+			.more = &room->segs[segs],
+			.len = gso->len + len,
+			.csum_start = whole->csum_start,
+			.csum_offset = whole->csum_offset,
+			.flags = VIEW_NEEDS_CSUM,
+		};
+		memcpy(room->headers[n], gso->bytes, gso->len);
+		fit_header(room->headers[n], cut, len, cut->done + len == cut->payload);
+		while (left) {
+			const struct xv_seg *seg = seg_at(whole, cut->seg);
+			uint32_t piece;
+
+			if (cut->offset >= seg->len) { /* also while the headers are being skipped */
+				cut->offset -= seg->len;
+				cut->seg++;
+				continue;
+			}
+			piece = MIN(left, seg->len - cut->offset);
+			room->segs[segs++] = (struct xv_seg){seg->data + cut->offset, piece};
+			cut->offset += piece;
+			left -= piece;
+		}
+		view->nr_more = (uint16_t)(&room->segs[segs] - view->more);
+		room->list[n++] = view;
+		cut->done += len;
+		cut->index++;
+	}
+	return n;
+}
+
+/* ---- joining ---- */
+
+struct joined { /* the frame that others are being added to */
+	struct net_headers h;
+	uint32_t header_len, mss, payload, count;
+	bool closed, same_id; /* same_id: the IPv4 identification stands still, as it may with DF (RFC 6864) */
+};
+
+/* Whether a segment may begin a joined frame; fills in `j`. */
+static bool may_begin(const struct xv_view *view, uint32_t gso, struct joined *j)
+{
+	const uint8_t *frame = view->first.data;
+	uint32_t bytes;
+
+	/* only what the sender's stack vouches for: a checksum from a wire would have to be verified first */
+	if (!(view->flags & VIEW_NEEDS_CSUM) || view->csum_offset != 16 || !net_parse(frame, view->len, &j->h))
+		return false;
+	if (j->h.protocol != IPPROTO_TCP || j->h.end != view->len ||
+	    !(gso & GSO_BIT(j->h.ipv6 ? VIRTIO_NET_HDR_GSO_TCPV6 : VIRTIO_NET_HDR_GSO_TCPV4)))
+		return false;
+	if (j->h.transport != j->h.ip + (j->h.ipv6 ? 40u : 20u)) /* options and extension headers are let alone */
+		return false;
+	bytes = transport_len(frame, view->len, &j->h);
+	j->header_len = j->h.transport + bytes;
+	if (!bytes || j->header_len > GSO_HEADER_MAX || j->header_len >= view->len)
+		return false;
+	j->mss = j->payload = view->len - j->header_len;
+	j->count = 1;
+	j->same_id = false;
+	j->closed = frame[j->h.transport + 13] != TCP_ACK || j->mss < GSO_SIZE_LEAST;
+	return !(frame[j->h.transport + 13] & ~(TCP_ACK | TCP_PSH | TCP_FIN)) && frame[j->h.transport + 13] & TCP_ACK;
+}
+
+/* Whether `view` is the next segment after those in `j`, whose first is `head`. Both are of one piece. */
+static bool continues(struct joined *j, const uint8_t *head, const struct xv_view *view)
+{
+	const uint8_t *frame = view->first.data, *ip = frame + j->h.ip, *tcp = frame + j->h.transport;
+	const uint8_t *head_ip = head + j->h.ip, *head_tcp = head + j->h.transport;
+	uint32_t payload;
+
+	if (view->len <= j->header_len || !(view->flags & VIEW_NEEDS_CSUM) || view->csum_start != j->h.transport)
+		return false;
+	payload = view->len - j->header_len;
+	if (payload > j->mss || j->header_len + j->payload + payload - j->h.ip > 65535u)
+		return false;
+	if (memcmp(frame, head, j->h.ip)) /* addresses, tags, type */
+		return false;
+	if (j->h.ipv6) {
+		if (memcmp(ip, head_ip, 4) || memcmp(ip + 6, head_ip + 6, 34) ||
+		    be16(ip + 4) + 40u + j->h.ip != view->len)
+			return false;
+	} else {
+		uint16_t id = be16(head_ip + 4);
+
+		/* version, length, TOS; DF; TTL, protocol; addresses */
+		if (memcmp(ip, head_ip, 2) || memcmp(ip + 6, head_ip + 6, 4) || memcmp(ip + 12, head_ip + 12, 8) ||
+		    be16(ip + 2) + j->h.ip != view->len)
+			return false;
+		if (j->count == 1)
+			j->same_id = ip[6] & 0x40 && be16(ip + 4) == id;
+		if (be16(ip + 4) != (uint16_t)(j->same_id ? id : id + j->count))
+			return false;
+	}
+	/* ports; number; acknowledgement; length and window; urgent pointer and options; no flag but ACK, PSH, FIN */
+	return !memcmp(tcp, head_tcp, 4) && be32(tcp + 4) == be32(head_tcp + 4) + j->payload &&
+	       !memcmp(tcp + 8, head_tcp + 8, 5) && !memcmp(tcp + 14, head_tcp + 14, 2) &&
+	       !memcmp(tcp + 18, head_tcp + 18, j->header_len - j->h.transport - 18) &&
+	       tcp[13] & TCP_ACK && !(tcp[13] & ~(TCP_ACK | TCP_PSH | TCP_FIN));
+}
+
+/* Turn `count` views, of which the first has j's headers, into one. */
+static void finish_join(const struct joined *j, const struct xv_view *views, struct xv_view *out, uint8_t *header,
+			struct xv_seg *segs)
+{
+	uint8_t *ip = header + j->h.ip, *tcp = header + j->h.transport;
+	uint32_t transport_bytes = j->header_len - j->h.transport + j->payload;
+	uint16_t sum;
+
+	memcpy(header, views[0].first.data, j->header_len);
+	for (uint32_t i = 0; i < j->count; i++) {
+		const struct xv_seg *seg = &views[i].first;
+
+		segs[i] = (struct xv_seg){seg->data + j->header_len, seg->len - j->header_len};
+		tcp[13] |= seg->data[j->h.transport + 13];
+	}
+	if (j->h.ipv6) {
+		put_be16(ip + 4, transport_bytes);
+	} else {
+		put_be16(ip + 2, 20 + transport_bytes);
+		put_be16(ip + 10, 0);
+		sum = (uint16_t)~csum_fold(csum_of(ip, 20));
+		memcpy(ip + 10, &sum, sizeof(sum));
+	}
+	sum = net_pseudo_sum(&j->h, transport_bytes);
+	memcpy(tcp + 16, &sum, sizeof(sum));
+	*out = (struct xv_view){
+		.first = {header, j->header_len},
+		.more = segs,
+		.nr_more = (uint16_t)j->count,
+		.len = j->header_len + j->payload,
+		.csum_start = (uint16_t)j->h.transport,
+		.csum_offset = 16,
+		.gso_size = (uint16_t)j->mss,
+		.hdr_len = (uint16_t)j->header_len,
+		.flags = VIEW_NEEDS_CSUM,
+		.gso_type = j->h.ipv6 ? VIRTIO_NET_HDR_GSO_TCPV6 : VIRTIO_NET_HDR_GSO_TCPV4,
+	};
+}
+
+uint32_t gso_join(const struct xv_view *views, uint32_t n, uint32_t gso, struct gso_room *room, uint32_t *frames)
+{
+	uint32_t out = 0, i = 0, segs = 0;
+
+	while (i < n) {
+		struct joined j;
+		const uint32_t begin = i++;
+
+		if (may_begin(&views[begin], gso, &j)) {
+			const uint8_t *head = views[begin].first.data;
+
+			while (!j.closed && i < n && continues(&j, head, &views[i])) {
+				uint32_t payload = views[i].len - j.header_len;
+
+				j.payload += payload;
+				j.count++;
+				j.closed = payload < j.mss || views[i].first.data[j.h.transport + 13] != TCP_ACK;
+				i++;
+			}
+		}
+		if (i - begin > 1) {
+			finish_join(&j, &views[begin], &room->views[out], room->headers[out], &room->segs[segs]);
+			segs += j.count;
+			room->list[out] = &room->views[out];
+		} else {
+			room->list[out] = &views[begin];
+		}
+		frames[out++] = i;
+	}
+	return out;
+}

@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Frames that stand for many: cutting a guest's GSO frame into what a wire or another guest takes, and joining
+ * segments from the wire into what a guest takes in one piece. Neither copies payload: both only make views, whose
+ * headers are new and whose payload lies where it lay.
+ */
+#ifndef XV_GSO_H
+#define XV_GSO_H
+
+#include "nethdr.h"
+
+#define GSO_HEADER_MAX 192u /* Ethernet, two tags, IPv6 with some extensions, TCP with all options */
+
+/* Room for the views of one call. */
+struct gso_room {
+	struct xv_view views[XV_BURST];
+	const struct xv_view *list[XV_BURST];
+	struct xv_seg segs[XV_BURST_SEGS + 2 * XV_BURST];
+	uint8_t headers[XV_BURST][GSO_HEADER_MAX];
+};
+
+/* The headers of a guest's GSO frame: a private copy, for the guest may change its own. */
+struct gso_header {
+	uint8_t bytes[GSO_HEADER_MAX];
+	struct net_headers h;
+	uint32_t len;
+};
+
+/* A GSO frame while it is being cut. */
+struct gso_cut {
+	const struct xv_view *view;
+	uint32_t payload;       /* bytes */
+	uint32_t done, index;   /* payload bytes and segments that have been cut */
+	uint32_t seg, offset;   /* where in the view the next one begins */
+};
+
+/* Check a guest's GSO frame against its own headers, and keep them. False: it is not what its virtio-net header says. */
+bool gso_check(struct xv_view *view, struct gso_header *header);
+void gso_cut_init(struct gso_cut *cut, const struct xv_view *view);
+/* The next segments, XV_BURST at most, each with only its pseudo-header's sum; 0 at the end. */
+uint32_t gso_cut_next(struct gso_cut *cut, struct gso_room *room);
+/* Segments that have not been cut yet. */
+static inline uint32_t gso_cut_left(const struct gso_cut *cut)
+{
+	return (cut->payload - cut->done + cut->view->gso_size - 1) / cut->view->gso_size;
+}
+
+/*
+ * Join consecutive TCP segments of one flow among views[0..n), which must each be of one piece and stay unchanged, as
+ * Linux's GRO would; `gso`: the GSO_BITs that the receiver takes. Answers how many views are in room->list then;
+ * frames[i] is how many of the given ones the first i + 1 of them stand for.
+ */
+uint32_t gso_join(const struct xv_view *views, uint32_t n, uint32_t gso, struct gso_room *room, uint32_t *frames);
+
+#endif

@@ -1,0 +1,428 @@
+// SPDX-License-Identifier: Apache-2.0
+/* Cutting and joining: every segment's headers and bytes, what passes whole, and what is never joined. */
+#include "frames.h"
+
+#define GSO_FEATURES                                                                                              \
+	(FEATURES | 1ull << VIRTIO_NET_F_CSUM | 1ull << VIRTIO_NET_F_HOST_TSO4 | 1ull << VIRTIO_NET_F_HOST_TSO6 | \
+	 1ull << VIRTIO_NET_F_HOST_ECN | 1ull << F_HOST_USO)
+#define JOIN_FEATURES                                                                                           \
+	(FEATURES | 1ull << VIRTIO_NET_F_MRG_RXBUF | 1ull << VIRTIO_NET_F_GUEST_CSUM |                          \
+	 1ull << VIRTIO_NET_F_GUEST_TSO4 | 1ull << VIRTIO_NET_F_GUEST_TSO6 | 1ull << VIRTIO_NET_F_GUEST_ECN |   \
+	 1ull << F_GUEST_USO4 | 1ull << F_GUEST_USO6)
+
+static struct world w;
+static struct built f;
+static uint8_t got[70000], all[70000];
+
+static uint8_t gso_type(const struct spec *s)
+{
+	if (s->protocol == IPPROTO_UDP)
+		return VIRTIO_NET_HDR_GSO_UDP_L4;
+	return s->family == 4 ? VIRTIO_NET_HDR_GSO_TCPV4 : VIRTIO_NET_HDR_GSO_TCPV6;
+}
+
+/* Offer frame `f` as a GSO frame, in pieces of `step` bytes. */
+static void send_gso(struct driver *d, uint8_t type, uint16_t size, uint32_t step)
+{
+	struct virtio_net_hdr hdr = {.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .gso_type = type, .gso_size = size,
+				     .csum_start = (uint16_t)f.transport, .csum_offset = (uint16_t)f.field};
+	struct ring *r = &d->ring[1];
+	uint32_t total = HEADER + f.len, n = (total + step - 1) / step;
+	uint64_t at;
+
+	d->top = ALIGN_UP(MEMORY / 2, 4096);
+	at = driver_alloc(d, total, 64);
+	memset(d->memory + at, 0, HEADER);
+	memcpy(d->memory + at, &hdr, sizeof(hdr));
+	memcpy(d->memory + at + HEADER, f.bytes, f.len);
+	CHECK(n <= r->num);
+	for (uint32_t i = 0; i < n; i++)
+		ring_desc(r, (uint16_t)i, GPA + at + (uint64_t)i * step, MIN(step, total - i * step), 0,
+			  i + 1 < n ? (int)i + 1 : -1);
+	ring_offer(r, 0);
+}
+
+static uint32_t header_bytes(const struct spec *s)
+{
+	return f.transport + (s->protocol == IPPROTO_TCP ? 20 : 8);
+}
+
+/* Segment number `i` of frame `f`, `len` bytes in `got`: right in every field. */
+static void check_segment(const struct spec *s, uint32_t i, uint32_t len, uint16_t size, bool last, bool finished)
+{
+	uint32_t header = header_bytes(s), payload = len - header, transport_bytes = len - f.transport;
+	const uint8_t *transport = got + f.transport, *ip;
+	struct net_headers h;
+	uint32_t sum;
+
+	CHECK(net_parse(got, len, &h));
+	CHECK_EQ(h.transport, f.transport);
+	CHECK_EQ(h.end, len);
+	CHECK(last ? payload <= size : payload == size);
+	ip = got + h.ip;
+	if (s->family == 4) {
+		CHECK_EQ(plain_sum(ip, h.transport - h.ip), 0xffff);
+		CHECK_EQ(be16(ip + 4), (be16(f.bytes + h.ip + 4) + i) & 0xffff);
+	}
+	if (s->protocol == IPPROTO_TCP) {
+		CHECK_EQ(be32(transport + 4), be32(f.bytes + f.transport + 4) + i * size);
+		CHECK_EQ(transport[13] & 0x09, last ? 0x09 : 0); /* FIN, PSH */
+		CHECK_EQ(transport[13] & 0x80, i ? 0 : 0x80);   /* CWR */
+	} else {
+		CHECK_EQ(be16(transport + 4), transport_bytes);
+	}
+	CHECK(!memcmp(got + header, f.bytes + header + i * size, payload));
+	sum = net_pseudo_sum(&h, transport_bytes);
+	if (finished)
+		CHECK_EQ(csum_fold(sum + plain_sum(transport, transport_bytes)), 0xffff);
+	else
+		CHECK_EQ(csum_load16(transport + f.field), sum);
+}
+
+static const struct spec specs[] = {
+	{4, IPPROTO_TCP, 0, 0, 5000}, {4, IPPROTO_TCP, 2, 8, 4321}, {6, IPPROTO_TCP, 0, 0, 5000}, {6, IPPROTO_TCP, 1, 16, 3999},
+	{4, IPPROTO_UDP, 0, 0, 5000}, {6, IPPROTO_UDP, 1, 8, 4001}, {4, IPPROTO_TCP, 0, 0, 65000}, {6, IPPROTO_UDP, 0, 0, 65000},
+	{4, IPPROTO_TCP, 0, 0, 1000},
+};
+
+static void build_gso(const struct spec *s)
+{
+	build(&f, s, b_mac, a_mac);
+	if (s->protocol == IPPROTO_TCP)
+		f.bytes[f.transport + 13] = 0x99; /* CWR, ACK, PSH, FIN */
+}
+
+static void test_cut_to_nic(void)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(specs); i++) {
+		for (uint32_t step = 41; step < 70000; step = step * 7 + 1) {
+			const struct spec *s = &specs[i];
+			const uint16_t size = 1400;
+			uint32_t segments = (s->payload + size - 1) / size, n = 0, len;
+
+			if (s->payload / step > 900)
+				continue; /* more descriptors than a frame may have */
+			world_init(&w, 1, GSO_FEATURES, 2048, 0);
+			build_gso(s);
+			send_gso(&w.guests[0], gso_type(s), size, step);
+			world_run(&w);
+			CHECK_EQ(ring_reap(&w.guests[0].ring[1], NULL), 0);
+			for (; (len = nic_send(&w.nic, got)); n++)
+				check_segment(s, n, len, size, n + 1 == segments, true);
+			CHECK_EQ(n, segments);
+			CHECK_EQ(w.nic.nicq->counters.tx_packets, segments);
+			CHECK_EQ(w.nic.nicq->counters.copied_bytes, w.nic.nicq->counters.tx_bytes);
+			world_free(&w);
+		}
+	}
+}
+
+static void post(struct driver *d, uint32_t n, uint32_t size)
+{
+	for (uint32_t i = 0; i < n; i++)
+		ring_buffer(d, &d->ring[0], size, VRING_DESC_F_WRITE);
+}
+
+/* The next frame of a receive ring, merged buffers put together; its header. */
+static struct virtio_net_hdr_mrg_rxbuf take(struct driver *d, uint32_t *len)
+{
+	struct virtio_net_hdr_mrg_rxbuf hdr = {.num_buffers = 1};
+	struct ring *r = &d->ring[0];
+
+	*len = 0;
+	for (uint32_t i = 0; i < hdr.num_buffers; i++) {
+		uint32_t bytes;
+		int head = ring_reap(r, &bytes);
+
+		CHECK(head >= 0);
+		memcpy(all + *len, d->memory + (r->desc[head].addr - GPA), bytes);
+		*len += bytes;
+		if (!i)
+			memcpy(&hdr, all, sizeof(hdr));
+	}
+	*len -= HEADER;
+	memcpy(got, all + HEADER, *len);
+	return hdr;
+}
+
+/* The second guest's driver has other features than the first's. */
+static void other_features(struct driver *d, uint64_t features)
+{
+	d->features = features;
+	for (int i = 0; i < 4; i++) {
+		struct xv_vring_conf conf = ring_conf(d, &d->ring[i]);
+		struct xv_vring *old = d->ring[i].vr;
+
+		CHECK_EQ(xv_vring_new(d->mem, &conf, &d->ring[i].vr), 0);
+		world_publish(&w);
+		xv_vring_free(old);
+	}
+}
+
+static void test_whole_to_guest(void)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(specs); i++) {
+		struct virtio_net_hdr_mrg_rxbuf hdr;
+		uint32_t len;
+
+		world_init(&w, 2, GSO_FEATURES, 128, 0);
+		other_features(&w.guests[1], JOIN_FEATURES);
+		build_gso(&specs[i]);
+		memcpy(f.bytes, w.guests[1].mac, 6);
+		post(&w.guests[1], 64, 1536);
+		send_gso(&w.guests[0], gso_type(&specs[i]) | (specs[i].protocol == IPPROTO_TCP ? VIRTIO_NET_HDR_GSO_ECN : 0),
+			 1400, 4096);
+		world_run(&w);
+		hdr = take(&w.guests[1], &len);
+		CHECK_EQ(len, f.len);
+		CHECK(!memcmp(got, f.bytes, len));
+		CHECK_EQ(hdr.hdr.gso_type & 7, gso_type(&specs[i]));
+		CHECK_EQ(hdr.hdr.gso_size, 1400);
+		CHECK_EQ(hdr.hdr.hdr_len, header_bytes(&specs[i]));
+		CHECK_EQ(hdr.hdr.csum_start, f.transport);
+		CHECK_EQ(hdr.hdr.csum_offset, f.field);
+		CHECK_EQ(hdr.hdr.flags, VIRTIO_NET_HDR_F_NEEDS_CSUM);
+		CHECK_EQ(w.guests[1].guest->queues[0].rx.copied_bytes, f.len);
+		world_free(&w);
+	}
+}
+
+/* To a guest without GSO: segments, finished or with the rest left to it. */
+static void test_cut_to_guest(void)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(specs); i++) {
+		for (int guest_csum = 0; guest_csum < 2; guest_csum++) {
+			uint32_t segments = (specs[i].payload + 1399) / 1400, len;
+
+			world_init(&w, 2, GSO_FEATURES, 128, 0);
+			other_features(&w.guests[1], FEATURES | (uint64_t)guest_csum << VIRTIO_NET_F_GUEST_CSUM);
+			build_gso(&specs[i]);
+			memcpy(f.bytes, w.guests[1].mac, 6);
+			post(&w.guests[1], 64, 1536);
+			send_gso(&w.guests[0], gso_type(&specs[i]), 1400, 4096);
+			world_run(&w);
+			for (uint32_t n = 0; n < segments; n++) {
+				struct virtio_net_hdr_mrg_rxbuf hdr = take(&w.guests[1], &len);
+
+				CHECK_EQ(hdr.hdr.gso_type, 0);
+				CHECK_EQ(hdr.hdr.flags, guest_csum ? VIRTIO_NET_HDR_F_NEEDS_CSUM : 0);
+				check_segment(&specs[i], n, len, 1400, n + 1 == segments, !guest_csum);
+			}
+			CHECK_EQ(ring_reap(&w.guests[1].ring[0], NULL), -1);
+			world_free(&w);
+		}
+	}
+}
+
+/* G5, CVE-2026-100236: headers that are not what the virtio-net header says. None gets out, none harms. */
+static void test_refused(void)
+{
+	static const struct {
+		uint8_t type;
+		uint16_t size;
+		int at; /* byte of the frame to change, -1 none */
+		uint8_t value;
+	} cases[] = {
+		{VIRTIO_NET_HDR_GSO_TCPV6, 1400, -1, 0},  {VIRTIO_NET_HDR_GSO_UDP_L4, 1400, -1, 0},
+		{VIRTIO_NET_HDR_GSO_TCPV4, 0, -1, 0},     {VIRTIO_NET_HDR_GSO_TCPV4, 47, -1, 0},
+		{VIRTIO_NET_HDR_GSO_UDP, 1400, -1, 0},    {0x7f, 1400, -1, 0},
+		{0x40 | VIRTIO_NET_HDR_GSO_TCPV4, 1400, -1, 0},
+		{VIRTIO_NET_HDR_GSO_TCPV4, 1400, 12, 0x86}, /* not IP */
+		{VIRTIO_NET_HDR_GSO_TCPV4, 1400, 14, 0x4f}, /* IP options over TCP */
+		{VIRTIO_NET_HDR_GSO_TCPV4, 1400, 14, 0x44}, /* an IP header of 16 bytes */
+		{VIRTIO_NET_HDR_GSO_TCPV4, 1400, 16, 0xff}, /* longer than the frame */
+		{VIRTIO_NET_HDR_GSO_TCPV4, 1400, 16, 0x01}, /* shorter */
+		{VIRTIO_NET_HDR_GSO_TCPV4, 1400, 20, 0x20}, /* a fragment */
+		{VIRTIO_NET_HDR_GSO_TCPV4, 1400, 23, IPPROTO_UDP},
+		{VIRTIO_NET_HDR_GSO_TCPV4, 1400, 34 + 12, 0x40}, /* a TCP header of 16 bytes */
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		world_init(&w, 1, GSO_FEATURES, 8, 0);
+		build(&f, &specs[0], b_mac, a_mac);
+		if (cases[i].at >= 0)
+			f.bytes[cases[i].at] = cases[i].value;
+		send_gso(&w.guests[0], cases[i].type, cases[i].size, 4096);
+		world_run(&w);
+		CHECK_EQ(w.guests[0].guest->queues[0].tx.drops[XV_DROP_BAD_HEADER], 1);
+		CHECK_EQ(nic_send(&w.nic, got), 0);
+		CHECK_EQ(ring_reap(&w.guests[0].ring[1], NULL), 0);
+		world_free(&w);
+	}
+}
+
+/* ---- joining ---- */
+
+static uint8_t segments[40][2048];
+static uint32_t lens[40], nr;
+
+/* Cut frame `f` with the code that has been tested above. */
+static void cut(const struct spec *s, uint16_t size)
+{
+	world_init(&w, 1, GSO_FEATURES, 2048, 0);
+	send_gso(&w.guests[0], gso_type(s), size, 4096);
+	world_run(&w);
+	for (nr = 0; (lens[nr] = nic_send(&w.nic, segments[nr])); nr++) {
+		struct net_headers h;
+		uint16_t sum;
+
+		CHECK(net_parse(segments[nr], lens[nr], &h));
+		sum = net_pseudo_sum(&h, lens[nr] - h.transport); /* as a local stack leaves it */
+		memcpy(segments[nr] + h.transport + net_csum_field(h.protocol), &sum, 2);
+		memcpy(segments[nr], a_mac, 6);
+	}
+	world_free(&w);
+}
+
+static void receive_segments(uint32_t begin, uint32_t end)
+{
+	world_init(&w, 1, JOIN_FEATURES, 128, XV_NICQ_PARTIAL_CSUM);
+	post(&w.guests[0], 64, 1536);
+	for (uint32_t i = begin; i < end; i++)
+		CHECK(nic_receive(&w.nic, segments[i], lens[i]));
+	world_run(&w);
+}
+
+static void test_join(void)
+{
+	static const struct spec joinable[] = {{4, IPPROTO_TCP, 0, 0, 14000}, {6, IPPROTO_TCP, 0, 0, 14001}, {4, IPPROTO_TCP, 1, 0, 27777}};
+
+	for (size_t i = 0; i < ARRAY_SIZE(joinable); i++) {
+		const struct spec *s = &joinable[i];
+		struct virtio_net_hdr_mrg_rxbuf hdr;
+		uint32_t len;
+
+		build(&f, s, b_mac, a_mac);
+		f.bytes[f.transport + 13] = 0x18; /* ACK, PSH */
+		if (s->family == 4) { /* the kernel's segments have a checksum in their IP header */
+			struct net_headers h;
+			uint16_t sum;
+
+			CHECK(net_parse(f.bytes, f.len, &h));
+			sum = (uint16_t)~plain_sum(f.bytes + h.ip, 20);
+			memcpy(f.bytes + h.ip + 10, &sum, 2);
+		}
+		cut(s, 1400);
+		memcpy(f.bytes, a_mac, 6);
+		receive_segments(0, nr);
+		hdr = take(&w.guests[0], &len);
+		CHECK_EQ(hdr.hdr.gso_type, gso_type(s));
+		CHECK_EQ(hdr.hdr.gso_size, 1400);
+		CHECK_EQ(hdr.hdr.hdr_len, header_bytes(s));
+		CHECK_EQ(hdr.hdr.csum_start, f.transport);
+		CHECK_EQ(len, f.len);
+		CHECK(!memcmp(got, f.bytes, len)); /* what was cut is whole again, bit for bit */
+		CHECK_EQ(ring_reap(&w.guests[0].ring[0], NULL), -1);
+		CHECK_EQ(w.nic.fill_p - w.nic.fill_c, FRAMES);
+		CHECK_EQ(w.guests[0].guest->queues[0].rx.copied_bytes, len);
+		world_free(&w);
+	}
+}
+
+/* Change one thing about the second of three segments: it is not joined with the first. Frames that arrive, counted. */
+static uint32_t frames_after(int at, uint8_t flip)
+{
+	struct net_headers h;
+	uint32_t frames = 0, len, bytes = 0;
+	uint16_t sum;
+
+	segments[1][at] ^= flip;
+	if (net_parse(segments[1], lens[1], &h)) {
+		sum = net_pseudo_sum(&h, lens[1] - h.transport);
+		memcpy(segments[1] + f.transport + 16, &sum, 2);
+	}
+	receive_segments(0, 3);
+	while (w.guests[0].ring[0].used->idx != w.guests[0].ring[0].seen) {
+		take(&w.guests[0], &len);
+		bytes += len;
+		frames++;
+	}
+	CHECK_EQ(w.nic.fill_p - w.nic.fill_c, FRAMES);
+	CHECK(bytes <= lens[0] + lens[1] + lens[2]);
+	world_free(&w);
+	segments[1][at] ^= flip;
+	return frames;
+}
+
+static void receive_two(uint32_t first, uint32_t second)
+{
+	uint32_t len;
+
+	world_init(&w, 1, JOIN_FEATURES, 128, XV_NICQ_PARTIAL_CSUM);
+	post(&w.guests[0], 64, 1536);
+	CHECK(nic_receive(&w.nic, segments[first], lens[first]));
+	CHECK(nic_receive(&w.nic, segments[second], lens[second]));
+	world_run(&w);
+	CHECK_EQ(take(&w.guests[0], &len).hdr.gso_type, 0);
+	CHECK_EQ(len, lens[first]);
+	CHECK_EQ(take(&w.guests[0], &len).hdr.gso_type, 0);
+	CHECK_EQ(len, lens[second]);
+	world_free(&w);
+}
+
+static void test_never_joined(void)
+{
+	for (int family = 4; family <= 6; family += 2) {
+		const struct spec s = {family, IPPROTO_TCP, 0, 0, 4200};
+		uint32_t ip = 14, tcp = family == 4 ? 34 : 54;
+
+		build(&f, &s, b_mac, a_mac);
+		cut(&s, 1400);
+		CHECK_EQ(nr, 3);
+		CHECK_EQ(frames_after(0, 0), 1);
+		CHECK(frames_after(6, 1) > 1);              /* another sender's address */
+		CHECK(frames_after((int)ip + 1, 4) > 1);    /* class of service */
+		if (family == 4) {
+			CHECK(frames_after((int)ip + 4, 1) > 1);  /* identification */
+			CHECK(frames_after((int)ip + 6, 0x40) > 1); /* DF */
+			CHECK(frames_after((int)ip + 8, 1) > 1);  /* TTL */
+			CHECK(frames_after((int)ip + 15, 1) > 1); /* source */
+			CHECK(frames_after((int)ip + 19, 1) > 1); /* destination */
+		} else {
+			CHECK(frames_after((int)ip + 3, 1) > 1); /* flow label */
+			CHECK(frames_after((int)ip + 7, 1) > 1); /* hop limit */
+			CHECK(frames_after((int)ip + 20, 1) > 1);
+			CHECK(frames_after((int)ip + 39, 1) > 1);
+		}
+		for (int i = 0; i < 12; i++) /* ports, sequence number, acknowledgement */
+			CHECK(frames_after((int)tcp + i, 1) > 1);
+		for (int bit = 0; bit < 8; bit++) /* any flag; PSH and FIN end what they are joined to */
+			CHECK(frames_after((int)tcp + 13, (uint8_t)(1 << bit)) > 1);
+		CHECK(frames_after((int)tcp + 15, 1) > 1); /* window */
+		CHECK(frames_after((int)tcp + 19, 1) > 1); /* urgent pointer */
+
+		receive_two(0, 2); /* one is missing */
+		receive_two(1, 0); /* swapped */
+	}
+}
+
+/* A checksum from a wire is not the stack's word: such frames go one by one. */
+static void test_finished_checksums_are_not_joined(void)
+{
+	const struct spec s = {4, IPPROTO_TCP, 0, 0, 4200};
+	uint32_t len;
+
+	build(&f, &s, b_mac, a_mac);
+	cut(&s, 1400);
+	for (uint32_t i = 0; i < nr; i++)
+		segments[i][34 + 16] ^= 0x5a;
+	receive_segments(0, nr);
+	for (uint32_t i = 0; i < nr; i++) {
+		CHECK_EQ(take(&w.guests[0], &len).hdr.gso_type, 0);
+		CHECK_EQ(len, lens[i]);
+	}
+	world_free(&w);
+}
+
+int main(void)
+{
+	test_cut_to_nic();
+	test_whole_to_guest();
+	test_cut_to_guest();
+	test_refused();
+	test_join();
+	test_never_joined();
+	test_finished_checksums_are_not_joined();
+	puts("ok");
+	return 0;
+}
