@@ -49,7 +49,7 @@ WAYS = {
     "nic-guest": "NIC to guest",
     "guest-nic": "guest to NIC",
     "guest-guest": "guest to guest",
-    "guest-guest-pmd": "guest to guest, DPDK's front-ends",
+    "guest-guest-pmd": "guest to guest, testpmd",
 }
 BACKENDS = ("xdpvhost", "dpdk")
 
@@ -338,6 +338,34 @@ def show(rows: list[Row], console: Console) -> None:
     console.print(table)
 
 
+BEGIN, END = "<!-- RESULTS of scripts/bench --document: do not edit -->", "<!-- END OF RESULTS -->"
+
+
+def document(rows: list[Row], facts: dict[str, object], path: Path) -> None:
+    """Replace the results in a Markdown file, between BEGIN and END."""
+    lines = [
+        f"{facts['cpu']}, kernel {facts['kernel']}, {facts['date']}: `{facts['command']}`.",
+        "",
+        "| way | bytes | back-end | Mpps, median (all samples) | cycles a packet, median (all samples) | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        peer = next((r for r in rows if (r.way, r.size, r.backend) == (row.way, row.size, "dpdk")), None)
+        cycles, rate = row.median("cycles_per_packet"), row.median("packets_per_second") / 1e6
+        ratio = f"{cycles / peer.median('cycles_per_packet'):.2f}" if peer and peer is not row else ""
+        low, high = (value / 1e6 for value in row.spread("packets_per_second"))
+        cheap, dear = row.spread("cycles_per_packet")
+        lines.append(
+            f"| {WAYS[row.way]} | {row.size} | {row.backend} | {rate:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {cycles:.0f} ({cheap:.0f} to {dear:.0f}) | {ratio} |"
+        )
+    head, _, rest = path.read_text().partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise click.ClickException(f"{path}: the lines {BEGIN!r} and {END!r} are missing")
+    path.write_text("\n".join([head + BEGIN, "", *lines, "", END + tail]))
+
+
 def plot(rows: list[Row], path: Path) -> None:
     import matplotlib as mpl
 
@@ -345,7 +373,7 @@ def plot(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     cases = list(dict.fromkeys((row.way, row.size) for row in rows))
-    labels = [f"{WAYS[way]}\n{size} bytes" for way, size in cases]
+    labels = [f"{WAYS[way].replace(', ', ',' + chr(10))}\n{size} bytes" for way, size in cases]
     figure, axes = plt.subplots(2, 1, figsize=(max(8.0, 1.7 * len(cases)), 8.5), layout="constrained")
     units = (("packets_per_second", "million packets a second", 1e6), ("cycles_per_packet", "cycles a packet", 1.0))
     for axis, (what, label, scale) in zip(axes, units, strict=True):
@@ -375,9 +403,16 @@ def plot(rows: list[Row], path: Path) -> None:
 @click.option("--size", "sizes", type=click.IntRange(60, 1514), multiple=True, default=(64, 1500), show_default=True)
 @click.option("--way", "ways", type=click.Choice(list(WAYS)), multiple=True, default=tuple(WAYS), show_default=True)
 @click.option("--backend", "backends", type=click.Choice(BACKENDS), multiple=True, default=BACKENDS, show_default=True)
+@click.option("--document", "page", type=click.Path(path_type=Path, exists=True), help="Put the results in this page.")
 @click.option("--output", type=click.Path(path_type=Path), default=TOP / ".cache" / "bench" / "result")
 def main(
-    repeat: int, seconds: float, sizes: tuple[int, ...], ways: tuple[str, ...], backends: tuple[str, ...], output: Path
+    repeat: int,
+    seconds: float,
+    sizes: tuple[int, ...],
+    ways: tuple[str, ...],
+    backends: tuple[str, ...],
+    page: Path | None,
+    output: Path,
 ) -> None:
     """Measure packet rates and cycles a packet; writes OUTPUT.json and OUTPUT.png."""
     console = Console(width=None if sys.stdout.isatty() else 130)
@@ -394,7 +429,8 @@ def main(
                 progress.advance(task)
     show(rows, console)
     output.parent.mkdir(parents=True, exist_ok=True)
-    facts = {
+    facts: dict[str, object] = {
+        "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["scripts/bench", *sys.argv[1:]]),
         "kernel": os.uname().release,
         "cpu": re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0],
@@ -402,6 +438,8 @@ def main(
     }
     output.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     plot(rows, output.with_suffix(".png"))
+    if page is not None:
+        document(rows, facts, page)
     console.print(f"written: {output.with_suffix('.json')} and {output.with_suffix('.png')}")
 
 

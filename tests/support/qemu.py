@@ -201,7 +201,7 @@ class QemuLinux(uml.UmlGuest):
         self._channel = here
         self._received = b""
         extra = ["-kernel", str(kernel), "-initrd", str(image)]
-        extra += ["-append", f"console=ttyS1 mitigations=off guest={self.name}"]
+        extra += ["-append", f"console=ttyS1 mitigations=off pci=nomsi guest={self.name}"]
         extra += ["-chardev", f"socket,id=commands,fd={there.fileno()}", "-serial", "chardev:commands"]
         extra += ["-serial", f"file:{self.console_log}"]
         with there:
