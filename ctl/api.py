@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 
 from .config import API_SOCKET, MAX_SOCKET_PATH
-from .errors import ConfigError, DaemonError, DatapathError, NicError, PrivilegeError, XdpvhostError
+from .errors import ConfigError, DaemonError, DatapathError, NicError, PrivilegeError, SilentError, XdpvhostError
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def call(run_dir: Path, method: str, params: Params | None = None, timeout: floa
     except PermissionError as exc:
         raise DaemonError(f"may not use {path}; it is its owner's, run this as root or with sudo") from exc
     except TimeoutError as exc:
-        raise DaemonError(f"the daemon of {run_dir} did not answer {method} in {timeout:g} s; see its log") from exc
+        raise SilentError(f"the daemon of {run_dir} did not answer {method} in {timeout:g} s; see its log") from exc
     except OSError as exc:
         raise DaemonError(f"cannot talk to the daemon on {path}: {exc}; see its log") from exc
     if not answer:

@@ -21,6 +21,7 @@ from .errors import ConfigError, DaemonError, NicError, XdpvhostError
 F = TypeVar("F", bound=Callable[..., Any])
 
 DOWN_TIMEOUT = 30.0
+TRACE_TIMEOUT = 0.5  # for each look at a daemon that may be stopped
 
 EXIT_CODES = """\b
 Exit codes:
@@ -260,7 +261,7 @@ def trace_drops(run_dir: Path, as_json: bool, seconds: float | None) -> None:
     privileges.require("trace drops", privileges.TRACE)
     from . import trace as tracing
 
-    tracing.drops(lambda: api.call(run_dir, "status"), as_json=as_json, seconds=seconds)
+    tracing.drops(lambda: api.call(run_dir, "status", timeout=TRACE_TIMEOUT), as_json=as_json, seconds=seconds)
 
 
 @main.command()

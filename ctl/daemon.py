@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -39,8 +40,10 @@ from .config import (
     parse_guest,
 )
 from .datapath import DROP_NAMES, FAULT_CALL_BLOCKED, Datapath
-from .errors import ConfigError, XdpvhostError
-from .links.journal import Journal
+from .errors import ConfigError, NicError, XdpvhostError
+from .links.journal import Entry, Journal
+from .links.nicprep import adoptable
+from .links.undo import handlers
 from .metrics.endpoint import Endpoint as MetricsEndpoint
 from .metrics.samples import Counters, Sample
 from .notify import notify
@@ -71,6 +74,8 @@ class Daemon:
         self._removing = asyncio.Lock()
         self._started = time.monotonic()
         self._metrics: MetricsEndpoint | None = None
+        self._journal: Journal | None = None
+        self._not_ours: frozenset[int] = frozenset()  # the journal's entries that could not be undone at the start
 
     async def run(self) -> None:
         """Come up, stay until told to stop, go down. Raises what kept it from coming up."""
@@ -78,13 +83,25 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
-        async with self._stack:
-            await self._come_up(loop)
-            log.info("%s", self._ready_line())
-            notify(f"READY=1\nSTATUS={len(self._serving)} guests on {self._config.iface}")
-            await self._stop.wait()
-            notify("STOPPING=1")
-            log.info("stopping: giving %s back", self._config.iface)
+        left: list[Entry] = []
+        try:
+            async with self._stack:
+                await self._come_up(loop)
+                log.info("%s", self._ready_line())
+                notify(f"READY=1\nSTATUS={len(self._serving)} guests on {self._config.iface}")
+                await self._stop.wait()
+                notify("STOPPING=1")
+                log.info("stopping: giving %s back", self._config.iface)
+        finally:
+            if self._journal is not None:
+                left = [entry for entry in self._journal.pending() if entry.id not in self._not_ours]
+            if left:
+                log.error("stopped: %s is NOT as it was", self._config.iface)
+        if left:
+            raise NicError(
+                f"interface {self._config.iface}: not undone: {', '.join(entry.kind for entry in left)} (the log says "
+                f"why); run `xdpvhost clean --run-dir {self._config.run_dir}` to try again"
+            )
         log.info("stopped: %s is as it was", self._config.iface)
 
     def _signalled(self, number: signal.Signals) -> None:
@@ -97,14 +114,12 @@ class Daemon:
         stack.callback(lock_dir.close)
         lock_iface = InterfaceLock(config.iface)
         stack.callback(lock_iface.close)
-        journal = Journal(lock_dir.journal)
-        for undone in journal.replay_undo():
-            if undone.ok:
-                log.warning("undone, left by a killed daemon: %s", undone.detail)
+        journal = self._undo_leftovers(lock_dir, lock_iface)
         theirs = [spec.socket for spec in config.guests if spec.socket_mode == "client"]
         for path in remove_stale_sockets(config.run_dir, keep=theirs):
             log.warning("removed, left by a killed daemon: socket %s", path)
 
+        raise_open_files()
         self._dp = dp = Datapath(config.workers, config.poll)
         stack.callback(dp.close)
         self._switch = switch = Switch(dp)
@@ -130,6 +145,20 @@ class Daemon:
             self._metrics = MetricsEndpoint(config.metrics, self._counters)
             stack.push_async_callback(asyncio.to_thread, self._metrics.close)
 
+    def _undo_leftovers(self, lock_dir: RunDir, lock_iface: InterfaceLock) -> Journal:
+        journal = Journal(lock_dir.journal, handlers(held=lock_iface.index))
+        left = journal.pending()
+        if any(entry.kind == "xdp" for entry in left):
+            privileges.require("up", privileges.LEFTOVER)
+        adopted = adoptable(journal, lock_iface.index)
+        for undone in journal.replay_undo([entry for entry in left if entry not in adopted]):
+            if undone.ok:
+                log.warning("undone, left by a killed daemon: %s", undone.detail)
+        self._journal = journal
+        self._not_ours = frozenset(entry.id for entry in journal.pending() if entry not in adopted)
+        self._stack.callback(journal.replay_undo, adopted)  # in case the NIC isn't even opened
+        return journal
+
     def _ready_line(self) -> str:
         nic = self._switch.nics[0]
         metrics = f"http://{self._metrics.address}/metrics" if self._metrics else "none"
@@ -149,7 +178,7 @@ class Daemon:
         endpoint = Endpoint(spec, entry)
         try:
             endpoint.open()
-        except XdpvhostError:
+        except BaseException:
             with self._counters.lock:
                 self._switch.remove_guest(spec.name)
             raise
@@ -230,7 +259,7 @@ class Daemon:
         }
 
     async def _api_stats(self, _: Params) -> dict[str, Any]:
-        return describe_stats(self._counters.read(), time.time())
+        return describe_stats(await asyncio.to_thread(self._counters.read), time.time())
 
     async def _api_guest_add(self, params: Params) -> dict[str, Any]:
         return describe_guest(self._add_guest(parse_guest(text_param(params, "spec"), self._config.run_dir)))
@@ -256,6 +285,16 @@ class Daemon:
         log.info("asked to go down")
         self._stop.set()
         return {"pid": os.getpid()}
+
+
+def raise_open_files() -> None:
+    """Allow as many descriptors as the hard limit does: every guest has dozens."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as exc:
+            log.warning("cannot raise the limit of open files from %d to %d: %s", soft, hard, exc)
 
 
 def _spec_words(spec: GuestSpec) -> tuple[str, str, int, str, str]:

@@ -31,6 +31,7 @@ MAX_RING_SIZE = 32768
 NO_RING = 0xFFFFFFFF
 VLAN_ANY = 0xFFFF
 NICQ_PARTIAL_CSUM = 1
+START_POLL = 0.001  # seconds between looks whether a worker has made its first turn
 POLL_MODES = {"adaptive": 0, "busy": 1, "interrupt": 2}
 DROP_MAX = 9
 FAULT_MAX = 7
@@ -529,13 +530,22 @@ class Datapath:
         return self._handle
 
     def start(self) -> None:
-        """Start the workers, one thread each, pinned to a CPU of its own where there are enough."""
+        """Start the workers, one thread each, pinned to a CPU of its own where there are enough.
+
+        When it returns, each has made its first turn. Raises DatapathError when one could not; then all are stopped.
+        """
         cpus = sorted(os.sched_getaffinity(0))
         for index in range(self.workers):
             cpu = cpus[-1 - index % len(cpus)]
             thread = threading.Thread(target=self._run, args=(index, cpu), name=f"xdpvhost-{index}", daemon=True)
             thread.start()
             self._threads.append(thread)
+        for index, thread in enumerate(self._threads):
+            while not self.worker_counters(index).heartbeat:
+                thread.join(START_POLL)
+                if not thread.is_alive():
+                    self.stop()
+                    raise DatapathError(f"worker {index} did not start; see the log")
 
     def _run(self, index: int, cpu: int) -> None:
         try:

@@ -46,3 +46,7 @@ class DaemonError(XdpvhostError):
     """No daemon where one is needed, one where none may be, or a refused API request."""
 
     exit_code = 6
+
+
+class SilentError(DaemonError):
+    """The daemon is there and does not answer."""

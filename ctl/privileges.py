@@ -18,9 +18,10 @@ CAPABILITIES = {
 }
 
 # One of each row is enough: capabilities(7).
-UP: tuple[tuple[str, ...], ...] = (("CAP_NET_ADMIN",), ("CAP_NET_RAW",), ("CAP_BPF", "CAP_SYS_ADMIN"))
-CLEAN: tuple[tuple[str, ...], ...] = (("CAP_NET_ADMIN",), ("CAP_BPF", "CAP_SYS_ADMIN"))
 TRACE: tuple[tuple[str, ...], ...] = (("CAP_BPF", "CAP_SYS_ADMIN"), ("CAP_PERFMON", "CAP_SYS_ADMIN"))
+UP: tuple[tuple[str, ...], ...] = (("CAP_NET_ADMIN",), ("CAP_NET_RAW",), *TRACE)
+LEFTOVER: tuple[tuple[str, ...], ...] = (("CAP_SYS_ADMIN",),)  # to get at a program that somebody else loaded
+CLEAN: tuple[tuple[str, ...], ...] = (("CAP_NET_ADMIN",), *LEFTOVER)
 
 
 def effective() -> frozenset[str]:

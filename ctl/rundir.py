@@ -42,6 +42,7 @@ class RunDir:
             self._made = False
         except OSError as exc:
             raise DaemonError(f"cannot make run directory {path}: {exc.strerror}; give another --run-dir") from exc
+        _refuse_foreign(path)
         self._fd = self._lock()
 
     @property
@@ -93,6 +94,21 @@ class RunDir:
         self.close()
 
 
+def _refuse_foreign(path: Path) -> None:
+    """What the journal says is done as root, so nobody else may write it, or put something else in its place."""
+    try:
+        found = path.stat()
+    except OSError as exc:
+        raise DaemonError(f"cannot use run directory {path}: {exc.strerror}; give another --run-dir") from exc
+    if found.st_uid != os.geteuid():
+        raise DaemonError(f"run directory {path} is owned by user {found.st_uid}; chown it, or give another --run-dir")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise DaemonError(
+            f"run directory {path} may be written by others (mode {stat.S_IMODE(found.st_mode):o}); `chmod 755` it, or "
+            "give another --run-dir"
+        )
+
+
 def _same_file(fd: int, path: Path) -> bool:
     try:
         named = path.stat()
@@ -129,10 +145,13 @@ def interface_index(iface: str) -> int:
 
 
 class InterfaceLock:
-    """Holds the interface until closed; DaemonError when another xdpvhost does."""
+    """Holds the interface until closed; DaemonError, with `remedy` after "end it", when another xdpvhost does."""
 
-    def __init__(self, iface: str) -> None:
-        address = f"\0xdpvhost/{interface_index(iface)}"
+    def __init__(
+        self, iface: str, remedy: str = "add the guest to it with `xdpvhost guest add`, or use another interface"
+    ) -> None:
+        self.index = interface_index(iface)
+        address = f"\0xdpvhost/{self.index}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._socket.bind(address)
@@ -141,10 +160,7 @@ class InterfaceLock:
             self._socket.close()
             if exc.errno != errno.EADDRINUSE:
                 raise NicError(f"cannot lock interface {iface}: {exc.strerror}; try again") from exc
-            raise DaemonError(
-                f"another xdpvhost{_holder(address)} has interface {iface}; end it, add the guest to it with "
-                "`xdpvhost guest add`, or use another interface"
-            ) from exc
+            raise DaemonError(f"another xdpvhost{_holder(address)} has interface {iface}; end it, {remedy}") from exc
 
     def close(self) -> None:
         self._socket.close()
@@ -154,10 +170,12 @@ def _holder(address: str) -> str:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as probe:
         try:
             probe.connect(address)
-            pid, _, _ = struct.unpack("iII", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            pid, user, _ = struct.unpack("iII", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         except OSError:
             return ""
-    return f" (pid {pid})"
+    if user != os.geteuid():
+        return f" (pid {pid}, user {user})"
+    return f" (pid {pid})" if pid else ""  # 0: it is out of our PID namespace
 
 
 def _listening() -> frozenset[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from . import datapath
@@ -200,10 +201,16 @@ class Switch:
         return [(entry, why) for entry in self.guests.values() if (why := entry.new_fault()) is not None]
 
     def close(self) -> None:
-        """Remove the guests, give the NICs back. Every session must have ended."""
-        for name in list(self.guests):
-            self.remove_guest(name)
-        nics, self.nics = self.nics, []
-        self.publish()
-        for nic in nics:
-            nic.close()
+        """Remove the guests, give the NICs back, also when the former fails. Every session must have ended."""
+        nics = self.nics
+        with ExitStack() as stack:
+            for nic in nics:
+                stack.callback(nic.close)
+            try:
+                for name in list(self.guests):
+                    self.remove_guest(name)
+                self.nics = []
+                self.publish()
+            except BaseException:
+                self.dp.close()  # the workers may still see the NICs
+                raise

@@ -33,12 +33,14 @@ from typing import Any, Literal
 import click
 import msgspec
 
-from .errors import XdpvhostError
+from .errors import DaemonError, SilentError, XdpvhostError
 
 log = logging.getLogger(__name__)
 
 Status = Mapping[str, Any]
 Kind = Literal["redirect", "exception"]
+
+REFRESH_PERIOD = 1.0
 
 # net/xdp/xsk.c: what __xsk_map_redirect() and xsk_rcv() return, from facts read in 6.1, 6.12 and 6.18
 CAUSES: Mapping[int, tuple[str, str]] = {
@@ -131,11 +133,24 @@ class Drop:
 
 
 class Resolver:
-    """Names the interface and the guest of an event, from the daemon's status; asks again when it meets a stranger."""
+    """Names the interface and the guest of an event, from the daemon's status; asks again when it meets a stranger.
+
+    A slot may pass to another guest, so whoever uses it for long calls `refresh` now and then.
+    """
 
     def __init__(self, status: Callable[[], Status]) -> None:
         self._ask = status
         self._status = status()
+
+    def refresh(self) -> None:
+        """Raises DaemonError when the daemon is gone, or another, whose XDP program nobody watches, is in its place."""
+        watched = self.filter
+        try:
+            self._status = self._ask()
+        except SilentError as exc:
+            log.debug("%s", exc)  # busy or stopped: what it said last still holds
+        if self.filter != watched:
+            raise DaemonError("the daemon was started anew; start the trace again")
 
     @property
     def filter(self) -> str:
@@ -161,7 +176,7 @@ class Resolver:
     def _guest(self, slot: int) -> str | None:
         name = self._find(slot)
         if name is None:
-            self._status = self._ask()
+            self.refresh()
             name = self._find(slot)
         return name
 
@@ -281,14 +296,23 @@ def _load(condition: str) -> Any:
 
 
 def drops(status: Callable[[], Status], *, as_json: bool, seconds: float | None) -> None:
-    """Print each lost frame to stdout until interrupted or `seconds` are over, then a summary to the log."""
+    """Print each lost frame to stdout until interrupted or `seconds` are over, then a summary to the log.
+
+    Raises DaemonError when the daemon ends before that.
+    """
     resolver = Resolver(status)
     summary: Counter[tuple[str, str]] = Counter()
+    events: list[RawEvent] = []  # an exception could not leave bcc's callback
 
     def on_event(_cpu: int, data: int, _size: int) -> None:
-        drop = resolver.drop(RawEvent.from_address(data))
-        summary[drop.guest or "no guest", drop.cause] += 1
-        click.echo(msgspec.json.encode(drop) if as_json else str(drop))
+        events.append(RawEvent.from_buffer_copy(ctypes.string_at(data, ctypes.sizeof(RawEvent))))
+
+    def show() -> None:
+        for event in events:
+            drop = resolver.drop(event)
+            summary[drop.guest or "no guest", drop.cause] += 1
+            click.echo(msgspec.json.encode(drop) if as_json else str(drop))
+        events.clear()
 
     def on_lost(count: int) -> None:
         log.warning("%d events came too fast to be shown", count)
@@ -297,15 +321,20 @@ def drops(status: Callable[[], Status], *, as_json: bool, seconds: float | None)
     bpf["drops"].open_perf_buffer(on_event, page_cnt=64, lost_cb=on_lost)
     log.info("tracing drops%s", f" for {seconds:g} s" if seconds else ", until interrupted")
     end = time.monotonic() + seconds if seconds else None
+    fresh = time.monotonic()
     try:
         while end is None or time.monotonic() < end:
             left = 1.0 if end is None else max(0.001, min(1.0, end - time.monotonic()))
             bpf.perf_buffer_poll(timeout=max(1, int(left * 1000)))
+            show()
+            if time.monotonic() - fresh >= REFRESH_PERIOD:
+                resolver.refresh()
+                fresh = time.monotonic()
     except KeyboardInterrupt:
         pass
     finally:
         bpf.cleanup()
-    for (guest, cause), count in sorted(summary.items()):
-        log.info("%s: %s: %d frames", guest, cause, count)
-    if not summary:
-        log.info("no frame was lost in the kernel")
+        for (guest, cause), count in sorted(summary.items()):
+            log.info("%s: %s: %d frames", guest, cause, count)
+        if not summary:
+            log.info("no frame was lost in the kernel")

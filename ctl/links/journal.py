@@ -11,10 +11,12 @@ Undoing runs backwards. How each kind is undone is in `ctl/links/undo.py`; an or
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,10 @@ class Journal:
     """One run directory's journal. One process at a time has it open (the daemon's lock sees to that)."""
 
     def __init__(self, path: Path, handlers: Mapping[str, Undo] | None = None) -> None:
-        """`path` is made at the first change; what it holds already is pending. `handlers`: for tests."""
+        """`path` is made at the first change; what it holds already is pending.
+
+        `handlers`: those of `ctl/links/undo.py` for a caller that has locked its interface; None: for one that has not.
+        """
         self.path = path
         self._handlers = handlers
         self._pending: dict[int, Entry] = {}
@@ -86,15 +91,19 @@ class Journal:
         """Undo one change, if it is still there to be undone. Logs a failure and never raises."""
         try:
             detail = self._handler(entry.kind)(entry.args)
-        except (XdpvhostError, OSError) as exc:
-            log.error("cannot undo %s: %s", entry.kind, exc)
+        except Exception as exc:
+            unforeseen = None if isinstance(exc, (XdpvhostError, OSError)) else exc
+            log.error("cannot undo %s: %s", entry.kind, exc, exc_info=unforeseen)
             return Undone(entry.kind, dict(entry.args), False, str(exc))
-        self.done(entry)
+        try:
+            self.done(entry)
+        except OSError as exc:
+            log.error("%s is undone, which cannot be noted: %s", entry.kind, exc)
         return Undone(entry.kind, dict(entry.args), True, detail)
 
-    def replay_undo(self) -> list[Undone]:
-        """Undo everything that is pending, last change first. What fails stays pending."""
-        return [self.undo(entry) for entry in reversed(self.pending())]
+    def replay_undo(self, entries: Sequence[Entry] | None = None) -> list[Undone]:
+        """Undo what is pending of `entries`, or everything, last change first. What fails stays pending."""
+        return [self.undo(entry) for entry in reversed(self.pending()) if entries is None or entry in entries]
 
     def _handler(self, kind: str) -> Undo:
         if self._handlers is None:
@@ -136,8 +145,15 @@ class Journal:
         is_new = not self.path.exists()
         fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, data)
-            os.fsync(fd)
+            size = os.fstat(fd).st_size
+            try:
+                if os.write(fd, data) != len(data):
+                    raise OSError(errno.ENOSPC, f"cannot write {self.path}: {os.strerror(errno.ENOSPC)}")
+                os.fsync(fd)
+            except OSError:
+                with contextlib.suppress(OSError):  # half a line would spoil the next one
+                    os.ftruncate(fd, size)
+                raise
         finally:
             os.close(fd)
         if is_new:

@@ -130,6 +130,13 @@ def set_up(index: int, up: bool) -> None:
         raise NicError(f"{what}: {os.strerror(exc.code)}") from exc
 
 
+def boot_id() -> str:
+    """Which boot of the machine this is. Empty when /proc doesn't say."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
 @dataclass(frozen=True)
 class Namespace:
     """A network namespace. The cookie is never used twice while the machine is up; 0 where the kernel has none."""

@@ -5,8 +5,11 @@
 - It leaves VLAN tags in the frame, where the XDP program reads them.
 - It has as many receive queues as asked for, and sends on each of them.
 
-What attaching XDP itself switches off (large receive offload in generic mode, for one) is noted after the fact, so that
-it is switched on again.
+Attaching XDP itself switches features off (large receive offload in generic mode, for one). The journal has all that
+could be switched before, and afterwards what was, so that it is switched on again.
+
+What a killed daemon's journal says of this very NIC's state, `up` adopts instead of undoing it: it would have to make
+the same change again, and the link would go down and up. It stays in the journal as what to put back in the end.
 
 The guests' addresses get into the NIC's filter through a packet socket's memberships (`AddressFilter`), which the
 kernel counts and drops with the socket: the same addresses that `bridge fdb add … self` would list, but not one of them
@@ -23,15 +26,32 @@ import struct
 from ..errors import NicError
 from . import ethtool
 from .journal import Entry, Journal
-from .netlink import Link, Namespace, get_link, set_up
+from .netlink import Link, Namespace, boot_id, get_link, set_up
 
 log = logging.getLogger(__name__)
 
+ADOPTED = frozenset({"link_up", "features"})
 VLAN_PARSING = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
 
 SOL_PACKET = 263
 PACKET_ADD_MEMBERSHIP, PACKET_DROP_MEMBERSHIP = 1, 2
 PACKET_MR_PROMISC, PACKET_MR_ALLMULTI, PACKET_MR_UNICAST = 1, 2, 3
+
+
+def _where(ifindex: int) -> dict[str, object]:
+    namespace = Namespace.current()
+    return {
+        "ifindex": ifindex,
+        "netns_cookie": namespace.cookie,
+        "netns_inode": namespace.inode,
+        "boot_id": boot_id(),
+    }
+
+
+def adoptable(journal: Journal, ifindex: int) -> list[Entry]:
+    """What is pending of the NIC that a new `NicPrep` for it adopts."""
+    where = _where(ifindex).items()
+    return [entry for entry in journal.pending() if entry.kind in ADOPTED and where <= entry.args.items()]
 
 
 class NicPrep:
@@ -40,16 +60,12 @@ class NicPrep:
     def __init__(self, link: Link, journal: Journal) -> None:
         self.link = link
         self._journal = journal
-        namespace = Namespace.current()
-        self._where = {
-            "iface": link.name,
-            "ifindex": link.index,
-            "netns_cookie": namespace.cookie,
-            "netns_inode": namespace.inode,
-        }
-        self._entries: list[Entry] = []
-        self._features: Entry | None = None
+        self._where = {"iface": link.name, **_where(link.index)}
+        self._entries = adoptable(journal, link.index)
+        self._features = next((entry for entry in self._entries if entry.kind == "features"), None)
         self._before = {name: feature.active for name, feature in ethtool.features(link.name).items()}
+        if self._features is not None:
+            self._before.update(self._features.args["before"])
         self.warnings: list[str] = []
 
     def record(self, kind: str, **args: object) -> Entry:
@@ -60,7 +76,8 @@ class NicPrep:
 
     def bring_up(self) -> None:
         if not self.link.up:
-            self.record("link_up")
+            if not any(entry.kind == "link_up" for entry in self._entries):
+                self.record("link_up")
             set_up(self.link.index, True)
 
     def keep_vlan_tags(self) -> None:
@@ -69,7 +86,8 @@ class NicPrep:
         active = [name for name in VLAN_PARSING if name in now and now[name].active]
         wanted = {name: False for name in active if now[name].changeable}
         if wanted:
-            self._features = self.record("features", before=dict.fromkeys(wanted, True))
+            known = self._features.args["before"] if self._features else {}
+            self._note_features({**dict.fromkeys(wanted, True), **known})
             ethtool.set_features(self.link.name, wanted)
             now = ethtool.features(self.link.name)
         if any(now[name].active for name in active):
@@ -106,6 +124,11 @@ class NicPrep:
         else:
             ethtool.set_channels(link.name, count, max(found.tx, min(count, found.max_tx)), 0)
 
+    def expect_side_effects(self) -> None:
+        """Before XDP is attached: what could that change?"""
+        now = ethtool.features(self.link.name)
+        self._note_features({n: was for n, was in self._before.items() if n in now and now[n].changeable})
+
     def note_side_effects(self) -> None:
         """After XDP is attached: what did that change?"""
         now = ethtool.features(self.link.name)
@@ -114,20 +137,24 @@ class NicPrep:
             for name, was in self._before.items()
             if name in now and now[name].changeable and now[name].active != was
         }
-        if not changed:
-            return
-        if self._features is None:
-            self._features = self.record("features", before=changed)
-        else:
-            self._journal.amend(self._features, before=changed)
+        self._note_features(changed)
+
+    def _note_features(self, before: dict[str, bool]) -> None:
+        if self._features is not None and before:
+            self._journal.amend(self._features, before=before)
+        elif self._features is not None:
+            self.done(self._features)
+            self._features = None
+        elif before:
+            self._features = self.record("features", before=before)
 
     def amend(self, entry: Entry, **args: object) -> None:
         self._journal.amend(entry, **args)
 
     def done(self, entry: Entry) -> None:
         """Undone by whoever made it."""
-        self._journal.done(entry)
         self._entries.remove(entry)
+        self._journal.done(entry)
 
     def undo(self) -> None:
         while self._entries:

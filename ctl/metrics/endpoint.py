@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Prometheus endpoint: one registry, one collector, one thread that serves /metrics."""
+"""The Prometheus endpoint: one registry, one collector, one thread that accepts, and one per connection, of few."""
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
+import sys
+import threading
 from collections.abc import Iterable
-from typing import Protocol
+from socketserver import ThreadingMixIn
+from typing import Any, Protocol
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -16,7 +22,11 @@ from ..errors import ConfigError
 from .declared import METRICS, Metric
 from .samples import Sample
 
+log = logging.getLogger(__name__)
+
 Family = CounterMetricFamily | GaugeMetricFamily
+
+MAX_CONNECTIONS = 16  # more are closed at once: descriptors and threads are the guests' too
 
 
 class Source(Protocol):
@@ -53,6 +63,40 @@ def registry(source: Source) -> CollectorRegistry:
     return result
 
 
+class _RequestHandler(WSGIRequestHandler):
+    timeout = 5.0  # seconds that a client may be silent in
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        super().__init__(*args, **kwargs)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._places.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("metrics: %s: %s", client_address, sys.exc_info()[1])
+
+
 class Endpoint:
     """Serves /metrics on `address` until closed. Port 0 takes any; `address` then has the one in use.
 
@@ -61,13 +105,20 @@ class Endpoint:
 
     def __init__(self, address: MetricsAddress, source: Source) -> None:
         try:
-            self._server, self._thread = start_http_server(address.port, address.host, registry(source))
+            family, _, _, _, place = socket.getaddrinfo(
+                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            served: type[_Server] = type("_FamilyServer", (_Server,), {"address_family": family})
+            app = make_wsgi_app(registry(source))
+            self._server = make_server(str(place[0]), address.port, app, served, handler_class=_RequestHandler)
         except OSError as exc:
             cause = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc)
             raise ConfigError(
                 f"cannot serve metrics on {address}: {cause}; give another --metrics ADDR:PORT, or --metrics none"
             ) from exc
         self.address = MetricsAddress(address.host, self._server.server_port)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="xdpvhost-metrics", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         self._server.shutdown()

@@ -20,6 +20,7 @@ in `OFFERED` and new arguments of `DevicePort.vring`; the log flag and address o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -43,6 +44,7 @@ from .wire import (
     BackendRequest,
     Config,
     Empty,
+    MemRegion,
     MemTable,
     Payload,
     ProtocolFeature,
@@ -88,6 +90,8 @@ class VhostUserDevice:
         self._mtu = port.mtu
         self._rings = Rings(port)
         self._regions: list[MappedRegion] = []
+        self._repeats: dict[MemRegion, int] = {}  # how often each of them was added again
+        self._owed: dict[tuple[int, int, int], int] = {}  # how often a removed one, by its place, is removed again
         self._backend_channel: Fd | None = None
         self._closed = False
 
@@ -99,7 +103,8 @@ class VhostUserDevice:
                     answer = self._dispatch(received)
                 except ProtocolError:
                     if self._wants_ack(received):
-                        await self._connection.send(reply(received.header.request, ACK_FAILED))
+                        with contextlib.suppress(ProtocolError, ConnectionError):
+                            await self._connection.send(reply(received.header.request, ACK_FAILED))
                     raise
                 finally:
                     received.fds.close()
@@ -257,18 +262,40 @@ class VhostUserDevice:
 
     def _set_mem_table(self, payload: MemTable, fds: FdBag) -> None:
         regions = map_table(payload.regions, fds.take_all())
+        self._repeats.clear()
+        self._owed.clear()
         self._replace_memory(regions, self._regions, incomplete=False)
 
     def _get_max_mem_slots(self, _payload: Empty, _fds: FdBag) -> bytes:
         return U64(MAX_MEM_SLOTS).pack()
 
+    # QEMU before 8.0 sends these two once for every queue pair. All pairs have the same memory: the first counts.
+
     def _add_mem_reg(self, payload: SingleRegion, fds: FdBag) -> None:
-        check_table([*(mapped.region for mapped in self._regions), payload.region])
-        added = map_region(payload.region, fds.take())
+        region, fd = payload.region, fds.take()
+        try:
+            repeats = self._repeats.get(region, 0)
+            if repeats < self._port.max_pairs - 1 and any(mapped.is_again(region, fd) for mapped in self._regions):
+                self._repeats[region] = repeats + 1
+                return
+            check_table([*(mapped.region for mapped in self._regions), region])
+            added = map_region(region, fd)
+        finally:
+            fd.close()
+        self._owed.pop(region.place, None)
         self._replace_memory([*self._regions, added], (), incomplete=True)
 
     def _rem_mem_reg(self, payload: SingleRegion, _fds: FdBag) -> None:
-        gone = [mapped for mapped in self._regions if mapped.region.same_place(payload.region)]
+        place = payload.region.place
+        gone = [mapped for mapped in self._regions if mapped.region.place == place]
+        if not gone and self._owed.get(place):
+            self._owed[place] -= 1
+            return
+        for mapped in gone:
+            if repeats := self._repeats.pop(mapped.region, 0):
+                self._owed[place] = repeats
+        if len(self._owed) > MAX_MEM_SLOTS:
+            del self._owed[next(iter(self._owed))]
         if not gone:
             raise ProtocolError(Violation.MEMORY, f"there is no memory region at {payload.region.gpa:#x} to remove")
         kept = [mapped for mapped in self._regions if mapped not in gone]
@@ -328,7 +355,11 @@ class VhostUserDevice:
     def _set_vring_kick(self, payload: VringFile, fds: FdBag) -> None:
         ring = self._rings[payload.index]
         kick = notification_fd(fds, f"the kick of ring {ring.index}") if payload.has_fd else None
-        self._rings.detach([ring])
+        try:
+            self._rings.detach([ring])
+        except DatapathError:
+            close_fd(kick)
+            raise
         old, ring.kick = ring.kick, kick
         close_fd(old)
         ring.started = True
@@ -438,7 +469,7 @@ TABLE: Mapping[int, Entry[Any]] = {
     Request.SET_VRING_CALL: Entry(
         VringFile,
         _D._set_vring_call,
-        "eventfd, pipe or stream socket; replaced on a running ring it is signalled once",
+        "eventfd, pipe or unix stream socket; replaced on a running ring it is signalled once",
         fds=(0, 1),
     ),
     Request.SET_VRING_ERR: Entry(

@@ -223,10 +223,12 @@ class Listener:
         self._name = name
         self._path = path
         remove_stale(name, path)
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
-            self._sock.bind(str(path))
-            os.chmod(path, SOCKET_MODE)
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            raise ConfigError(f"guest {name!r}: cannot make a socket: {error.strerror}") from error
+        try:
+            bind_with_mode(self._sock, path, SOCKET_MODE)
             self._sock.listen(8)
             self._identity = identity(path)
         except OSError as error:
@@ -269,6 +271,18 @@ class Listener:
         self._sock.close()
         if identity(self._path) == self._identity:
             self._path.unlink(missing_ok=True)
+
+
+def bind_with_mode(sock: socket.socket, path: Path, mode: int) -> None:
+    """Makes the socket's file with exactly this mode: a chmod afterwards would follow a link put in its place.
+
+    The umask is the process's, but no other thread makes files.
+    """
+    before = os.umask(0o777 & ~mode)
+    try:
+        sock.bind(str(path))
+    finally:
+        os.umask(before)
 
 
 def identity(path: Path) -> tuple[int, int] | None:

@@ -3,14 +3,30 @@
 
 Control never writes to one of them: the front-end shares its file, may clear O_NONBLOCK behind our back, and a full
 one would then block the daemon. Workers do, under a watchdog (datapath/src/dp.c).
+
+A descriptor can be of a file in a FUSE file system of the front-end's own, where stat and even close wait for an answer
+that need not come. So what it is, is found out without asking the file: by the name that /proc gives it, its seals, and
+the mount that it is on. Only files of `LOCAL` file systems are asked anything, and whatever may stall is closed by a
+thread of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import logging
 import os
+import socket
+import stat
+import threading
 from collections.abc import Iterable
+from pathlib import Path
 
 from .errors import ProtocolError, Violation
+
+log = logging.getLogger(__name__)
+
+LOCAL = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "hugetlbfs", "ramfs", "tmpfs", "xfs"})
 
 
 class Fd:
@@ -24,15 +40,20 @@ class Fd:
     def close(self) -> None:
         number, self.number = self.number, -1
         if number >= 0:
-            os.close(number)
+            if _closes_at_once(number):
+                os.close(number)
+            else:
+                _close_elsewhere(number)
 
     @property
     def kind(self) -> str:
         """`eventfd`, `pipe`, `socket`, or what the kernel calls anything else."""
-        target = os.readlink(f"/proc/self/fd/{self.number}")
-        if target.startswith("anon_inode:"):
-            return target.removeprefix("anon_inode:").strip("[]")
-        return target.split(":", 1)[0] if target.startswith(("pipe:", "socket:")) else target
+        return _kind(self.number)
+
+    @property
+    def file_system(self) -> str:
+        """The type of file system that the file is in; `unknown` if it isn't mounted here. Raises OSError."""
+        return _file_system(self.number)
 
     def __repr__(self) -> str:
         return f"Fd({self.number})"
@@ -67,18 +88,85 @@ def close_fd(fd: Fd | None) -> None:
         fd.close()
 
 
+def _kind(number: int) -> str:
+    target = os.readlink(f"/proc/self/fd/{number}")
+    if target.startswith("anon_inode:"):
+        return target.removeprefix("anon_inode:").strip("[]")
+    return target.split(":", 1)[0] if target.startswith(("pipe:", "socket:")) else target
+
+
+def _file_system(number: int) -> str:
+    try:
+        fcntl.fcntl(number, fcntl.F_GET_SEALS)
+        return "tmpfs"  # or hugetlbfs, or a memfd of either kind: nothing else has seals
+    except OSError:
+        fdinfo = Path(f"/proc/self/fdinfo/{number}").read_bytes()
+        return mount_type(fdinfo, Path("/proc/self/mountinfo").read_bytes())
+
+
+def mount_type(fdinfo: bytes, mountinfo: bytes) -> str:
+    """The type of file system of a descriptor, from the texts of proc(5).
+
+    A mount point's name has its blanks and newlines escaped, and may have any other byte in it.
+    """
+    mount = next((line.split()[1] for line in fdinfo.split(b"\n") if line.startswith(b"mnt_id:")), None)
+    for line in mountinfo.split(b"\n"):
+        place, _, source = line.partition(b" - ")
+        if mount is not None and place.split(b" ", 1)[0] == mount:
+            return os.fsdecode(source.split(b" ", 1)[0])
+    return "unknown"
+
+
+def _socket_family(number: int) -> tuple[int, int]:
+    """Family and type."""
+    sock = socket.socket(fileno=number)
+    try:
+        return sock.family, sock.type
+    finally:
+        sock.detach()
+
+
+def _closes_at_once(number: int) -> bool:
+    """Whether it is known that closing this cannot wait. A TCP socket may linger, a terminal drain."""
+    try:
+        kind = _kind(number)
+        if kind == "socket":
+            return _socket_family(number)[0] == socket.AF_UNIX
+        if kind in ("eventfd", "pipe"):
+            return True
+        if _file_system(number) not in LOCAL:
+            return False
+        mode = os.fstat(number).st_mode
+        return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    except OSError:
+        return False
+
+
+def _close_elsewhere(number: int) -> None:
+    def close() -> None:
+        with contextlib.suppress(OSError):
+            os.close(number)
+
+    try:
+        threading.Thread(target=close, name=f"xdpvhost-close-{number}", daemon=True).start()
+    except RuntimeError as error:
+        log.error("descriptor %d stays open, closing it may take for ever: %s", number, error)
+
+
 def notification_fd(fds: FdBag, what: str) -> Fd:
     """Takes a kick, call or error descriptor and makes it non-blocking.
 
     The specification allows eventfds and pipes, User-Mode Linux sends one end of a socket pair. Anything else could
-    be readable for ever or refuse to be polled, so it is an error here and not a surprise in a worker.
+    be readable for ever, refuse to be polled or linger when closed, so it is an error here and not a surprise later.
     """
     fd = fds.take()
     try:
         kind = fd.kind
+        if kind == "socket" and _socket_family(fd.number) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            kind = "a socket that is not a unix stream"
         if kind not in ("eventfd", "pipe", "socket"):
             raise ProtocolError(
-                Violation.FDS, f"{what} is a descriptor of {kind}; an eventfd, a pipe or a stream socket is needed"
+                Violation.FDS, f"{what} is a descriptor of {kind}; an eventfd, a pipe or a unix stream socket is needed"
             )
         os.set_blocking(fd.number, False)
     except OSError as error:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guest memory: regions of the front-end's files, mapped here.
 
-A region is mapped from the start of its file, because QEMU's second region begins at an offset that is not aligned to
-a hugepage and mmap would refuse it. Nothing is reserved or populated: an untouched guest costs no memory. The mapping
-keeps the file alive, so the descriptor is closed at once.
+A region is mapped from the file's block that it begins in, because QEMU's second region begins at an offset that is not
+aligned to a hugepage and mmap would refuse it. Nothing is reserved or populated: an untouched guest costs no memory.
+The mapping keeps the file alive, so the descriptor is closed at once.
 
 What a file can still do to us later is to shrink: touching the lost part raises SIGBUS, which the data plane turns
-into a fault of this guest. At mapping time the file must cover its region.
+into a fault of this guest. At mapping time the file must cover its region. The address space is everyone's, so a guest
+gets a share of it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from functools import cache
 from itertools import pairwise
 
 from .errors import ProtocolError, Violation
-from .fds import Fd
+from .fds import LOCAL, Fd
 from .port import Region
 from .wire import MAX_MEM_SLOTS, MemRegion
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_NORESERVE = 0x4000  # in Python's mmap from 3.12 only
 _MADV_DONTDUMP = 16
-_FUSE_SUPER_MAGIC = 0x65735546  # linux/magic.h
+MAX_MEMORY = 16 << 40  # bytes of one guest; a process has 128 TiB of addresses
 
 
 @cache
@@ -45,29 +46,23 @@ def _libc() -> ctypes.CDLL:
     )
     libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
     return libc
-
-
-def on_fuse(fd: int) -> bool:
-    """Whether a file lives in a user-space file system, whose owner could stall every access to its pages."""
-    statfs = (ctypes.c_long * 64)()  # struct statfs has 120 bytes and begins with f_type
-    return _libc().fstatfs(fd, statfs) == 0 and statfs[0] == _FUSE_SUPER_MAGIC
 
 
 class Mapping:
     """An address range made by mmap; `close` unmaps it, once."""
 
-    __slots__ = ("address", "length")
+    __slots__ = ("address", "length", "offset")
 
-    def __init__(self, fd: int, length: int) -> None:
-        """Maps the first `length` bytes of `fd`, shared and writable. Raises OSError."""
+    def __init__(self, fd: int, offset: int, length: int) -> None:
+        """Maps `length` bytes of `fd` from `offset`, shared and writable. Raises OSError."""
         flags = mmap.MAP_SHARED | _MAP_NORESERVE
-        address = _libc().mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+        address = _libc().mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
         if address == _MAP_FAILED:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
         self.address = int(address)
+        self.offset = offset
         self.length = length
         _libc().madvise(address, length, _MADV_DONTDUMP)
 
@@ -83,11 +78,19 @@ class MappedRegion:
 
     region: MemRegion
     mapping: Mapping
+    file: tuple[int, int]  # device and inode
+
+    def is_again(self, region: MemRegion, fd: Fd) -> bool:
+        """Whether `region` of `fd` is this very region."""
+        if region != self.region or fd.file_system not in LOCAL:
+            return False
+        status = os.fstat(fd.number)
+        return (status.st_dev, status.st_ino) == self.file
 
     @property
     def for_datapath(self) -> Region:
-        region = self.region
-        return Region(region.gpa, region.size, region.user_addr, self.mapping.address + region.offset)
+        region, mapping = self.region, self.mapping
+        return Region(region.gpa, region.size, region.user_addr, mapping.address + region.offset - mapping.offset)
 
     def close(self) -> None:
         self.mapping.close()
@@ -101,18 +104,24 @@ def map_region(region: MemRegion, fd: Fd) -> MappedRegion:
     what = f"memory region at {region.gpa:#x}"
     end = region.offset + region.size
     try:
+        if not fd.kind.startswith("/"):
+            raise ProtocolError(Violation.MEMORY, f"{what}: its descriptor is not a file that can be mapped")
+        if (kind := fd.file_system) not in LOCAL:
+            raise ProtocolError(
+                Violation.MEMORY, f"{what} is in a file system of type {kind}; use a memfd, tmpfs or hugetlbfs"
+            )
         status = os.fstat(fd.number)
         if not stat.S_ISREG(status.st_mode):
             raise ProtocolError(Violation.MEMORY, f"{what}: its descriptor is not a file that can be mapped")
-        if on_fuse(fd.number):
-            raise ProtocolError(Violation.MEMORY, f"{what} is in a FUSE file system; use a memfd, tmpfs or hugetlbfs")
         if end > status.st_size:
             raise ProtocolError(
                 Violation.MEMORY, f"{what} needs {end:#x} bytes of its file, which has only {status.st_size:#x}"
             )
-        # munmap of a hugetlbfs mapping wants whole pages, whose size is the file's block size (and 4096 elsewhere).
-        block = max(status.st_blksize, mmap.PAGESIZE)
-        return MappedRegion(region, Mapping(fd.number, -(-end // block) * block))
+        # mmap and munmap of hugetlbfs want whole pages, whose size is the file's block size (and 4096 elsewhere).
+        block = -(-status.st_blksize // mmap.PAGESIZE) * mmap.PAGESIZE
+        start = region.offset // block * block
+        mapping = Mapping(fd.number, start, -(-end // block) * block - start)
+        return MappedRegion(region, mapping, (status.st_dev, status.st_ino))
     except OSError as error:
         raise ProtocolError(Violation.MEMORY, f"{what} cannot be mapped: {error.strerror}") from error
     finally:
@@ -140,9 +149,11 @@ def unmap(regions: Sequence[MappedRegion]) -> None:
 
 
 def check_table(regions: Sequence[MemRegion]) -> None:
-    """Raises ProtocolError when there are too many regions or two share guest physical addresses."""
+    """Raises ProtocolError when the regions are too many or too large, or two share guest physical addresses."""
     if len(regions) > MAX_MEM_SLOTS:
         raise ProtocolError(Violation.MEMORY, f"{len(regions)} memory regions, {MAX_MEM_SLOTS} slots were offered")
+    if (size := sum(region.size for region in regions)) > MAX_MEMORY:
+        raise ProtocolError(Violation.MEMORY, f"{size:#x} bytes of memory, a guest can have {MAX_MEMORY:#x}")
     in_order = sorted(regions, key=lambda region: region.gpa)
     for left, right in pairwise(in_order):
         if left.gpa + left.size > right.gpa:

@@ -306,9 +306,10 @@ class MemRegion:
     def pack(self) -> bytes:
         return self.LAYOUT.pack(self.gpa, self.size, self.user_addr, self.offset)
 
-    def same_place(self, other: MemRegion) -> bool:
+    @property
+    def place(self) -> tuple[int, int, int]:
         """How REM_MEM_REG identifies a region; the mmap offset is ignored."""
-        return (self.gpa, self.size, self.user_addr) == (other.gpa, other.size, other.user_addr)
+        return self.gpa, self.size, self.user_addr
 
 
 @dataclass(frozen=True, slots=True)

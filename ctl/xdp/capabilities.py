@@ -5,10 +5,15 @@ from __future__ import annotations
 
 from ..errors import PrivilegeError
 
-_NUMBERS = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_ADMIN": 21, "CAP_BPF": 39}
+_NUMBERS = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 
-# Each a choice of which one is enough. CAP_SYS_ADMIN stands in for CAP_BPF.
-REQUIRED: tuple[tuple[str, ...], ...] = (("CAP_NET_ADMIN",), ("CAP_NET_RAW",), ("CAP_BPF", "CAP_SYS_ADMIN"))
+# Each a choice of which one is enough. CAP_SYS_ADMIN stands in for CAP_BPF and CAP_PERFMON.
+REQUIRED: tuple[tuple[str, ...], ...] = (
+    ("CAP_NET_ADMIN",),
+    ("CAP_NET_RAW",),
+    ("CAP_BPF", "CAP_SYS_ADMIN"),
+    ("CAP_PERFMON", "CAP_SYS_ADMIN"),
+)
 
 
 def effective() -> frozenset[str]:

@@ -40,7 +40,7 @@ from typing import Self, TypeVar
 from ..datapath import NICQ_PARTIAL_CSUM, Datapath, Mcast, Nicq, NicqConf, Xsk
 from ..errors import NicError
 from ..links import ethtool
-from ..links.journal import Journal
+from ..links.journal import Entry, Journal
 from ..links.netlink import Link, get_link
 from ..links.nicprep import SOL_PACKET, AddressFilter, NicPrep
 from . import libxdp
@@ -204,18 +204,27 @@ class Nic:
 
     def _attach(self, prep: NicPrep, nr_queues: int) -> None:
         """The journal's entry comes first, and learns the program's id afterwards."""
+        prep.expect_side_effects()
         entry = prep.record("xdp", name=PROGRAM)
         try:
             program = SteerProgram.attach(self.ifindex, self.iface, self.options.xdp_mode, nr_queues)
         except BaseException:
             prep.done(entry)  # not undone by name: what is on the NIC by now may be another xdpvhost's
             raise
-        self._stack.callback(prep.done, entry)
-        self._stack.callback(program.close)
+        self._stack.callback(self._detach, prep, entry, program)
         prep.amend(entry, program_id=program.program_id)
         self._program = program
         if program.native_refusal is not None:
             prep.warnings.append(f"generic XDP is slower; {program.native_refusal}")
+
+    def _detach(self, prep: NicPrep, entry: Entry, program: SteerProgram) -> None:
+        """What can't be detached stays in the journal, and `prep` tries once more."""
+        if not program.close():
+            return
+        try:
+            prep.done(entry)
+        except OSError as exc:
+            log.error("interface %s: the XDP program is detached, which cannot be noted: %s", self.iface, exc)
 
     def _open_mcast(self) -> socket.socket:
         """Hears the group frames that arrive, and nothing before it is bound, as it starts with no protocol."""

@@ -97,7 +97,9 @@ class SteerProgram:
         self.program_id = libxdp.program_id(handle)
         found = {f.program_id: f for f in attached(ifindex)}.get(self.program_id)
         if found is None:  # the dispatcher runs a clone of it
-            found = next(f for f in attached(ifindex) if f.name == PROGRAM)
+            found = next((f for f in attached(ifindex) if f.name == PROGRAM), None)
+            if found is None:
+                raise OSError(errno.EPERM, "cannot tell which program in the dispatcher is ours without CAP_SYS_ADMIN")
             self.program_id = found.program_id
         assert found.mode is not None
         self.mode: str = found.mode
@@ -147,19 +149,22 @@ class SteerProgram:
             obj.close()
             raise
 
-    def close(self) -> None:
-        """Detach, then unload. Never fails: a device that is gone has no program either."""
+    def close(self) -> bool:
+        """Detach, then unload. Logs a failure, never raises. Whether it is off; a device that is gone is rid of it."""
+        is_off = True
         handle, self._handle = self._handle, None
         obj, self._object = self._object, None
         if handle is not None:
             try:
                 detach(self._ifindex, self.program_id, libxdp.program_fd(handle))
             except OSError as exc:
-                level = logging.DEBUG if exc.errno in (errno.ENODEV, errno.ENOENT) else logging.ERROR
+                is_off = exc.errno in (errno.ENODEV, errno.ENOENT)
+                level = logging.DEBUG if is_off else logging.ERROR
                 log.log(level, "interface %d: cannot detach the XDP program: %s", self._ifindex, exc.strerror)
             libxdp.close_program(handle)
         if obj is not None:
             obj.close()
+        return is_off
 
 
 def detach(ifindex: int, program_id: int, program_fd: int) -> None:
@@ -236,7 +241,7 @@ def _raise_if_hopeless(error: OSError, iface: str, lines: list[tuple[int, str]])
     if error.errno == errno.EPERM:
         raise PrivilegeError(
             f"interface {iface}: the kernel does not let us load or attach an XDP program: "
-            "run as root, or with CAP_NET_ADMIN and CAP_BPF"
+            "run as root, or with CAP_NET_ADMIN, CAP_BPF and CAP_PERFMON"
         ) from error
     verifier = [text for level, text in lines if level == WARN and "PROG LOAD LOG" in text]
     if verifier:

@@ -109,7 +109,7 @@ uint32_t ctrlq_poll(struct xv_vring *vr, uint64_t features, uint32_t max_pairs, 
 		}
 		ok = ok && execute(vr, features, max_pairs, command, len);
 		if (writable) {
-			*segs[nr - 1].data = ok ? VIRTIO_NET_OK : VIRTIO_NET_ERR; /* one byte: the last segment's first */
+			*segs[nr - writable].data = ok ? VIRTIO_NET_OK : VIRTIO_NET_ERR; /* the first writable byte */
 			written = 1;
 		}
 		count(state->commands, 1);

@@ -39,7 +39,7 @@ static inline uint8_t *mem_at(const struct xv_mem *mem, uint64_t addr, uint32_t 
 			n = half;
 		}
 	}
-	offset = addr - range->start;
+	offset = n ? addr - range->start : 0;
 	if (unlikely(!n || offset >= range->size)) {
 		*got = 0;
 		return NULL;

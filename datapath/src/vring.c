@@ -40,8 +40,8 @@ static bool walk_indirect(struct xv_vring *vr, struct walk *walk, const struct v
 {
 	uint32_t got;
 
-	if (!vr->indirect || desc->flags & (VRING_DESC_F_NEXT | VRING_DESC_F_WRITE) || desc->len == 0 ||
-	    desc->len % sizeof(*desc) || desc->len / sizeof(*desc) > vr->num) {
+	/* whether it is marked writable is to be ignored (virtio 1.2, 2.7.5.3.2) */
+	if (!vr->indirect || desc->flags & VRING_DESC_F_NEXT || desc->len == 0 || desc->len % sizeof(*desc) || desc->len / sizeof(*desc) > vr->num) {
 		vring_fault(vr, XV_FAULT_CHAIN, desc->len);
 		return false;
 	}

@@ -365,7 +365,8 @@ static void test_odd_tables(void)
 			make_frame(frame, 100, nobody, d->mac, (uint8_t)(2 * split + p));
 			memcpy(d->memory + data + HEADER, frame, 100);
 			memcpy(d->memory + places[p], table, sizeof(table));
-			ring_desc(r, i, GPA + places[p], sizeof(table), VRING_DESC_F_INDIRECT, -1);
+			ring_desc(r, i, GPA + places[p], sizeof(table),
+				  VRING_DESC_F_INDIRECT | (p ? VRING_DESC_F_WRITE : 0), -1); /* WRITE is to be ignored */
 			ring_offer(r, i);
 			world_run(&w);
 			CHECK_EQ(nic_send(&w.nic, got), 100);

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import resource
@@ -14,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from support.endpoint import FakePort, Spec, fd_count, idle, listener, serving
-from support.frontend import FrontEnd, NetDevice
+from support.frontend import FLAGS, NEED_REPLY, P_REPLY_ACK, FrontEnd, NetDevice
 from support.process import wait_for
-from xdpvhost.errors import ConfigError
+from xdpvhost.errors import ConfigError, DatapathError
 from xdpvhost.vhost.endpoint import Endpoint
+from xdpvhost.vhost.errors import Violation
 from xdpvhost.vhost.wire import Request
 
 from .conftest import Bench
@@ -30,6 +32,29 @@ def test_socket_is_for_owner_and_group_and_goes_away(tmp_path: Path) -> None:
         assert stat.S_ISSOCK(status.st_mode)
         assert stat.S_IMODE(status.st_mode) == 0o660
     assert not path.exists()
+
+
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_socket_is_born_with_its_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int) -> None:
+    """A chmod of its path could hit a file that somebody linked there meanwhile."""
+    monkeypatch.setattr(os, "chmod", None)
+    before = os.umask(umask)
+    try:
+        endpoint = Endpoint(Spec("vm1", tmp_path / "vm1.sock"), FakePort())
+        endpoint.open()
+        assert stat.S_IMODE((tmp_path / "vm1.sock").stat().st_mode) == 0o660
+        asyncio.run(endpoint.close())
+    finally:
+        assert os.umask(before) == umask
+
+
+def test_no_descriptor_for_the_listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(socket, "socket", none_left)
+    with pytest.raises(ConfigError, match="guest 'vm1': cannot make a socket: Too many open files"):
+        Endpoint(Spec("vm1", tmp_path / "vm1.sock"), FakePort()).open()
 
 
 def test_stale_socket_is_replaced(tmp_path: Path) -> None:
@@ -154,6 +179,42 @@ def test_cancelled_before_its_first_step(tmp_path: Path) -> None:
     asyncio.run(scenario())
     port.settled()
     assert fd_count() == before
+
+
+def test_error_of_a_front_end_that_is_gone_is_counted(tmp_path: Path) -> None:
+    """It asked for an answer, but doesn't wait for it."""
+    port = FakePort()
+
+    async def scenario() -> None:
+        endpoint = Endpoint(Spec("vm1", tmp_path / "vm1.sock"), port)
+        ours, theirs = socket.socketpair()
+        with FrontEnd(theirs) as front:
+            front.set_protocol_features(P_REPLY_ACK)
+            front.send(Request.GPU_SET_SOCKET, flags=FLAGS | NEED_REPLY)
+        await endpoint._start_session(ours)
+
+    asyncio.run(scenario())
+    assert [error.violation for error in port.errors] == [Violation.REQUEST]
+    port.settled()
+
+
+def test_new_kick_is_closed_when_the_data_plane_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise DatapathError("no memory")
+
+    with bench.device() as device:
+        device.up()
+        before = fd_count()
+        with monkeypatch.context() as patch:
+            patch.setattr(bench.port, "apply", fails)
+            device.front.send(Request.SET_VRING_KICK, bytes(8), [device.queues[0].kick_fd])
+            assert device.front.disconnected()
+            bench.idle()
+        wait_for(lambda: fd_count() == before - 1, 5, "nothing but the connection to be closed", interval=0.001)
+    for ring in bench.port.now.rings.values():
+        ring.close()
+        ring.memory.closed = True
+    bench.port.applied.clear()
 
 
 def test_broken_handler_ends_the_session_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

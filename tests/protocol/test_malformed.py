@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -141,9 +143,20 @@ def test_c2_descriptor_of_the_wrong_kind(bench: Bench, request_: int, path: str)
     fd = os.open(path, os.O_RDONLY)
     try:
         words = refused(bench, lambda front: front.send(request_, bytes(8), [fd]), Violation.FDS)
-        assert "an eventfd, a pipe or a stream socket is needed" in words
+        assert "an eventfd, a pipe or a unix stream socket is needed" in words
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("request_", [Request.SET_VRING_CALL, Request.SET_BACKEND_REQ_FD])
+@pytest.mark.parametrize(
+    ("family", "kind"), [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_UNIX, socket.SOCK_DGRAM)]
+)
+def test_c2_socket_of_the_wrong_kind(bench: Bench, request_: int, family: int, kind: int) -> None:
+    payload = b"" if request_ == Request.SET_BACKEND_REQ_FD else bytes(8)
+    with socket.socket(family, kind) as sock:
+        words = refused(bench, lambda front: front.send(request_, payload, [sock.fileno()]), Violation.FDS)
+    assert "a socket that is not a unix stream" in words
 
 
 def test_c2_backend_channel_must_be_a_socket(bench: Bench) -> None:
@@ -287,6 +300,7 @@ def table(*slots: Slot) -> bytes:
         ([Slot(0, FILE, 0, 1)], Violation.MEMORY),
         ([Slot(0, PAGE, 0, FILE)], Violation.MEMORY),
         ([Slot(0, 2**62, 0, 0)], Violation.MEMORY),
+        ([Slot(i << 43, 9 << 40, i << 43, 0) for i in range(0, 4, 2)], Violation.MEMORY),
         ([Slot(0, 2 * PAGE, 0, 0), Slot(PAGE, PAGE, 1 << 30, 0)], Violation.MEMORY),
         ([Slot(0, PAGE, 0, 0), Slot(0, PAGE, 1 << 30, 0)], Violation.MEMORY),
     ],
@@ -321,6 +335,40 @@ def test_c5_offset_may_be_any(bench: Bench) -> None:
         region = bench.port.memories[-1].regions[0]
         assert (region.size, region.host % PAGE) == (1000, 123)
     memory.close()
+    bench.idle()
+
+
+def test_c5_a_guest_has_its_share_of_addresses(bench: Bench) -> None:
+    """Sparse files cost a front-end nothing, the daemon's addresses are everyone's."""
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, 16 << 40)
+    try:
+        slots = [Slot(0, 8 << 40, 0, 8 << 40), Slot(8 << 40, 8 << 40, 8 << 40, 0)]
+        with bench.connect() as front:
+            front.set_protocol_features(P_MEM_SLOTS)
+            front.set_mem_table(slots, [fd, fd])
+            front.sync()
+            front.add_mem_reg(Slot(16 << 40, PAGE, 16 << 40, 0), fd)
+            assert front.disconnected()
+        bench.idle()
+        assert "a guest can have" in str(bench.port.errors[-1])
+    finally:
+        os.close(fd)
+
+
+def test_c5_only_the_region_is_mapped(bench: Bench) -> None:
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, 2**62)
+    try:
+        with bench.connect() as front:
+            front.set_mem_table([Slot(0, 2 * PAGE, 0, 2**62 - 3 * PAGE + 5)], [fd])
+            front.sync()
+            (region,) = bench.port.memories[-1].regions
+            places = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+            sizes = [int(end, 16) - int(start, 16) for start, end in places if int(start, 16) == region.host - 5]
+            assert sizes == [3 * PAGE]
+    finally:
+        os.close(fd)
     bench.idle()
 
 

@@ -224,6 +224,38 @@ def test_memory_slots(bench: Bench) -> None:
         assert bench.endpoint.summary["regions"] == 0
 
 
+def test_regions_of_qemu_before_8_come_once_for_each_pair(bench4: Bench) -> None:
+    """One pair more or less than the device has is the most that is taken for that, and only the very same region."""
+    memory, other = GuestMemory(), GuestMemory()
+    slot = memory.slots[0]
+    request = bytes(8) + slot.pack()
+    for turn in range(2):
+        with bench4.connect() as front:
+            front.set_protocol_features(MEMORY_STEPS)
+            for _ in range(4):
+                front.add_mem_reg(slot, memory.fd)
+                assert bench4.endpoint.summary["regions"] == 1
+            for _ in range(4):
+                front.rem_mem_reg(slot)
+                assert bench4.endpoint.summary["regions"] == 0
+            front.add_mem_reg(slot, memory.fd)
+            if turn:  # another file at the same place
+                front.send(Request.ADD_MEM_REG, request, [other.fd])
+            else:  # one removal more than there were additions
+                front.rem_mem_reg(slot)
+                front.send(Request.REM_MEM_REG, request)
+            assert front.disconnected()
+        bench4.idle()
+    with bench4.connect() as front:  # one addition more than pairs
+        front.set_protocol_features(MEMORY_STEPS)
+        for _ in range(4):
+            front.add_mem_reg(slot, memory.fd)
+        front.send(Request.ADD_MEM_REG, request, [memory.fd])
+        assert front.disconnected()
+    memory.close()
+    other.close()
+
+
 def test_every_memory_slot_can_be_used(bench: Bench) -> None:
     memory = GuestMemory(509 * 4096)
     with bench.connect() as front:

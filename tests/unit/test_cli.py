@@ -230,7 +230,7 @@ def test_up_refuses(started: list[UpConfig], args: list[str], words: str) -> Non
 
 
 def test_up_names_the_missing_capability(started: list[UpConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(privileges, "effective", lambda: frozenset({"CAP_NET_RAW", "CAP_BPF"}))
+    monkeypatch.setattr(privileges, "effective", lambda: frozenset({"CAP_NET_RAW", "CAP_BPF", "CAP_PERFMON"}))
     result = run("up", "--iface", "eth0")
     assert result.exit_code == PrivilegeError.exit_code == 4
     assert "Error: `xdpvhost up` lacks CAP_NET_ADMIN; run it as root" in result.stderr

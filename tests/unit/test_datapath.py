@@ -4,12 +4,17 @@
 import ctypes
 import errno
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from support.plane import NoNic
 from xdpvhost import datapath
+from xdpvhost.config import GuestSpec
 from xdpvhost.datapath import DROP_MAX, DROP_NAMES, FAULT_MAX, MIRROR, Datapath, Region
 from xdpvhost.errors import DatapathError
+from xdpvhost.switch import Switch
+from xdpvhost.xdp.nic import Nic
 
 HEADER = Path(__file__).parents[2] / "datapath" / "include" / "xdpvhost.h"
 
@@ -90,6 +95,37 @@ def test_workers_start_pass_epochs_and_stop(poll: str, workers: int) -> None:
             dp.watchdog()
         dp.stop()
         dp.stop()
+
+
+def test_a_worker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Datapath(2) as dp:
+        run = dp._lib.xv_worker_run
+        monkeypatch.setattr(dp._lib, "xv_worker_run", lambda handle, i: -errno.ENOMEM if i else run(handle, i))
+        with pytest.raises(DatapathError, match="worker 1 did not start"):
+            dp.start()
+        assert not dp._threads
+
+
+class StubbornNic(NoNic):
+    closed = False
+
+    def unsteer(self, slot: int) -> None:
+        raise OSError(errno.EIO, "no")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_the_nic_is_given_back_also_when_a_guest_does_not_leave() -> None:
+    nic = StubbornNic()
+    with Datapath(1) as dp:
+        switch = Switch(dp)
+        switch.add_nic(cast(Nic, nic))
+        dp.start()
+        switch.add_guest(GuestSpec("vm1", bytes.fromhex("525400000001"), 1, Path("/none/vm1.sock")))
+        with pytest.raises(OSError, match="no"):
+            switch.close()
+        assert nic.closed
 
 
 def test_errors_carry_the_errno() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The journal on disk: what it remembers after a crash at any point."""
 
+import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +20,14 @@ class Host:
     def __init__(self) -> None:
         self.undone: list[int] = []
         self.refuse: set[int] = set()
+        self.stumble: set[int] = set()
 
     def undo(self, args: Mapping[str, Any]) -> str:
         number = args["number"]
         if number in self.refuse:
             raise NicError(f"number {number}: not now")
+        if number in self.stumble:
+            raise KeyError(number)
         self.undone.append(number)
         return f"number {number}"
 
@@ -112,6 +116,52 @@ def test_unknown_kind_stays(path: Path, host: Host) -> None:
     assert not undone[0].ok
     assert "unknown kind 'spell'" in undone[0].detail
     assert journal(path, host).pending()
+
+
+def test_undoing_never_raises(path: Path, host: Host) -> None:
+    """Neither for a bug nor for a run directory that is gone: the rest is undone all the same."""
+    path = path.parent / "run" / path.name
+    path.parent.mkdir()
+    first = journal(path, host)
+    for number in range(4):
+        first.record("number", number=number)
+    host.stumble = {2}
+    path.unlink()
+    path.parent.rmdir()
+    undone = first.replay_undo()
+    assert [(item.args["number"], item.ok) for item in undone] == [(3, True), (2, False), (1, True), (0, True)]
+    assert [entry.args["number"] for entry in first.pending()] == [2]
+
+
+def test_a_full_disk_takes_no_half_line(path: Path, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = journal(path, host)
+    first.record("number", number=0)
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
+        with pytest.raises(OSError, match="cannot write"):
+            first.record("number", number=1)
+    first.record("number", number=2)
+    assert [entry.args["number"] for entry in first.pending()] == [0, 2]
+    assert [entry.args["number"] for entry in journal(path, host).pending()] == [0, 2]
+
+
+def test_only_some(path: Path, host: Host) -> None:
+    first = journal(path, host)
+    entries = [first.record("number", number=number) for number in range(4)]
+    first.done(entries[0])
+    assert [item.args["number"] for item in first.replay_undo([entries[0], entries[1], entries[3]])] == [3, 1]
+    assert first.pending() == [entries[2]]
+
+
+def test_of_another_boot(path: Path) -> None:
+    """The machine forgot the change; by now the index may be another device's."""
+    args = {"iface": "lo", "ifindex": 1, "netns_cookie": 1, "netns_inode": 1, "boot_id": "another"}
+    Journal(path).record("link_up", **args)
+    assert [(item.ok, item.detail) for item in Journal(path).replay_undo()] == [
+        (True, "interface lo: the machine was booted since")
+    ]
+    assert not path.exists()
 
 
 def test_only_its_owner_reads_it(path: Path, host: Host) -> None:

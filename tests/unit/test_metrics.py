@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +20,7 @@ from support.golden import check_golden
 from xdpvhost.config import MetricsAddress
 from xdpvhost.datapath import DROP_NAMES, Datapath
 from xdpvhost.errors import ConfigError
+from xdpvhost.metrics import endpoint as endpoint_module
 from xdpvhost.metrics import table
 from xdpvhost.metrics.declared import BUILD_INFO, METRICS, PROTOCOL_ERROR_REASONS, XSK_STATISTICS
 from xdpvhost.metrics.endpoint import Endpoint, registry
@@ -177,6 +181,23 @@ def test_the_endpoint_serves_and_closes() -> None:
     endpoint.close()
     with pytest.raises(OSError, match="refused"):
         opener.open(url, timeout=5)
+
+
+def test_silent_clients_are_few_and_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_module, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(endpoint_module._RequestHandler, "timeout", 0.5)
+    endpoint = Endpoint(MetricsAddress("127.0.0.1", 0), counters(FakeSwitch("vm1")))
+    place = ("127.0.0.1", endpoint.address.port)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(place, timeout=5)) for _ in range(3)]
+        begun = time.monotonic()
+        assert clients[2].recv(1) == b"", "one too many"
+        assert time.monotonic() - begun < 0.4
+        assert [client.recv(1) for client in clients[:2]] == [b"", b""]
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{endpoint.address}/metrics", timeout=5) as answer:
+            assert answer.read()
+    endpoint.close()
 
 
 def test_an_address_that_is_not_here() -> None:

@@ -73,6 +73,23 @@ def test_a_run_directory_that_cannot_be_made(tmp_path: Path) -> None:
         RunDir(tmp_path / "file")
 
 
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o1777])
+def test_a_run_directory_that_others_may_write(tmp_path: Path, mode: int) -> None:
+    tmp_path.chmod(mode)
+    with pytest.raises(DaemonError, match=rf"written by others \(mode {mode:o}\).*--run-dir"):
+        RunDir(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    tmp_path.chmod(0o755)
+    RunDir(tmp_path).close()
+
+
+def test_a_run_directory_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = tmp_path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(DaemonError, match=rf"is owned by user {owner}; .*--run-dir"):
+        RunDir(tmp_path)
+
+
 def test_no_such_interface() -> None:
     with pytest.raises(NicError, match="'nope0' does not exist"):
         interface_index("nope0")

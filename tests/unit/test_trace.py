@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 from typing import Any
 
 import pytest
 
 from xdpvhost import trace
-from xdpvhost.errors import XdpvhostError
+from xdpvhost.errors import DaemonError, XdpvhostError
 from xdpvhost.trace import PROGRAM, RawEvent, Resolver, Status
 
 STATUS: dict[str, Any] = {
@@ -57,6 +58,55 @@ def test_a_guest_that_came_later_is_asked_for() -> None:
     assert resolver.drop(RawEvent(ifindex=7, err=-12, map_index=9)).guest == "vm3"
     assert resolver.drop(RawEvent(ifindex=7, err=-12, map_index=9)).guest == "vm3"
     assert len(asked) == 2
+
+
+def test_a_slot_may_pass_to_another_guest() -> None:
+    status = copy.deepcopy(STATUS)
+    resolver = Resolver(lambda: copy.deepcopy(status))
+    status["guests"][1]["name"] = "vm3"
+    resolver.refresh()
+    assert resolver.drop(RawEvent(ifindex=7, err=-12, map_index=4)).guest == "vm3"
+
+
+def test_another_daemon_ends_it() -> None:
+    status = copy.deepcopy(STATUS)
+    resolver = Resolver(lambda: copy.deepcopy(status))
+    status["nics"][0]["facts"]["program_id"] = 24
+    with pytest.raises(DaemonError, match="started anew"):
+        resolver.refresh()
+
+
+def test_the_daemons_end_ends_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What came before that is shown."""
+    event = RawEvent(prog_id=23, ifindex=7, act=4, err=-12, map_index=0)
+    answers = [STATUS]
+
+    def ask() -> Status:
+        if not answers:
+            raise DaemonError("no xdpvhost daemon is running")
+        return answers.pop()
+
+    class Perf:
+        def open_perf_buffer(self, callback: Any, **_: object) -> None:
+            self.callback = callback
+
+    class Bpf:
+        perf = Perf()
+
+        def __getitem__(self, _: str) -> Perf:
+            return self.perf
+
+        def perf_buffer_poll(self, timeout: int) -> None:
+            self.perf.callback(0, ctypes.addressof(event), ctypes.sizeof(event))
+
+        def cleanup(self) -> None:
+            pass
+
+    monkeypatch.setattr(trace, "_load", lambda _: Bpf())
+    monkeypatch.setattr(trace, "REFRESH_PERIOD", 0.0)
+    with pytest.raises(DaemonError, match="no xdpvhost daemon"):
+        trace.drops(ask, as_json=False, seconds=5)
+    assert "guest vm1 queue 0: fill_ring_empty" in capsys.readouterr().out
 
 
 def test_only_the_daemons_own_program_is_watched() -> None:

@@ -23,13 +23,15 @@ from support.netns import Namespace, World
 from support.process import run, wait_for
 from xdpvhost.errors import NicError, PrivilegeError
 from xdpvhost.links.journal import Journal
-from xdpvhost.links.nicprep import AddressFilter, prepare
-from xdpvhost.xdp import capabilities
+from xdpvhost.links.nicprep import ADOPTED, AddressFilter, adoptable, prepare
+from xdpvhost.links.undo import handlers
+from xdpvhost.rundir import InterfaceLock
+from xdpvhost.xdp import capabilities, program
 from xdpvhost.xdp.features import probe
 from xdpvhost.xdp.libbpf import BpfObject, xdp_state
 from xdpvhost.xdp.maps import MAX_SLOTS, VLAN_ANY
 from xdpvhost.xdp.nic import Nic, NicOptions
-from xdpvhost.xdp.program import attached
+from xdpvhost.xdp.program import SteerProgram, attached
 from xdpvhost.xdp.xsk import STATISTICS
 
 NIC, PEER = "nic0", "net0"
@@ -419,6 +421,70 @@ def test_killed_before_the_program_was_attached(pair: Pair) -> None:
     with pair.host.entered():
         prepare(NIC, pair.journal).record("xdp", name="xdpvhost_steer")
         assert [item.ok for item in pair.journal.replay_undo()] == [True]
+
+
+def test_leftovers_on_a_nic_that_another_serves_stay(pair: Pair) -> None:
+    killed(pair)
+    with pair.host.entered():
+        lock = InterfaceLock(NIC)
+        undone = pair.journal.replay_undo()
+        assert not any(item.ok for item in undone)
+        assert f"another xdpvhost (pid {os.getpid()}) has interface {NIC}" in undone[0].detail
+        assert xdp_state(lock.index).mode == "native"
+        assert all(item.ok for item in Journal(pair.journal.path, handlers(held=lock.index)).replay_undo())
+        assert not xdp_state(lock.index).programs
+        lock.close()
+
+
+def test_adopted_not_undone_and_done_again(pair: Pair) -> None:
+    """The link of a NIC that a killed daemon set up stays up, and is down in the end."""
+    pair.host.ip("link", "set", NIC, "down")
+    before = pair.snapshot()
+    killed(pair)
+    with pair.host.entered():
+        index = socket.if_nametoindex(NIC)
+        journal = pair.journal
+        adopted = adoptable(journal, index)
+        assert "link_up" in {entry.kind for entry in adopted}
+        assert {entry.kind for entry in adopted} <= ADOPTED
+        assert all(item.ok for item in journal.replay_undo([e for e in journal.pending() if e not in adopted]))
+        flags = pair.host.json("ip", "-j", "link", "show", NIC)[0]["flags"]
+        assert "UP" in flags
+        with Nic.open(NicOptions(NIC), cast(Any, pair.dp), journal):
+            kinds = [entry.kind for entry in journal.pending()]
+            assert len(set(kinds)) == len(kinds)
+    assert pair.snapshot() == before
+    assert not journal.path.exists()
+
+
+def test_a_program_that_cannot_be_detached_stays_in_the_journal(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = pair.snapshot()
+
+    def busy(*_: object) -> None:
+        raise OSError(errno.EBUSY, "not now")
+
+    with pair.host.entered():
+        journal = pair.journal
+        with monkeypatch.context() as patch:
+            nic = Nic.open(NicOptions(NIC), cast(Any, pair.dp), journal)
+            patch.setattr(program, "detach", busy)
+            nic.close()
+        assert [entry.kind for entry in journal.pending()] == ["xdp"]
+        assert xdp_state(nic.ifindex).programs
+        assert [item.ok for item in pair.journal.replay_undo()] == [True]
+    assert pair.snapshot() == before
+
+
+def test_side_effects_are_in_the_journal_before_they_happen(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def attach(*_: object) -> None:
+        seen.extend(pair.journal.path.read_text().splitlines())
+        raise NicError("seen")
+
+    monkeypatch.setattr(SteerProgram, "attach", attach)
+    refused(pair, "seen")
+    assert any('"kind":"features"' in line and '"rx-gro":' in line for line in seen)
 
 
 def test_a_foreign_program_is_not_taken_off(pair: Pair) -> None:

@@ -358,6 +358,39 @@ def test_after_kill_9_up_works_again_and_leaves_nothing(host: Host) -> None:
     assert host.state() == before
 
 
+def test_an_old_journal_does_not_take_down_a_nic_that_another_serves(host: Host) -> None:
+    before = host.state()
+    with host.up(VM1) as killed:
+        killed.kill()
+    with Daemon(host.nic, iface="nic0", guests=[VM1], run_dir=host.directory / "run") as daemon:
+        old = host.directory / "old"
+        old.mkdir(mode=0o755)
+        where = json.loads((daemon.run_dir / "journal.jsonl").read_text().splitlines()[0])
+        (old / "journal.jsonl").write_text(json.dumps({**where, "kind": "link_up"}) + "\n")
+        refused = host.cli("clean", "--run-dir", old)
+        assert refused.returncode == 3
+        assert f"another xdpvhost (pid {daemon.pid}) has interface nic0" in refused.stderr
+        assert host.state()["link"]["xdp"]["mode"] == 1
+        assert "UP" in host.state()["link"]["flags"]
+        daemon.down()
+    assert host.state() == before
+
+
+def test_kill_9_and_up_do_not_flap_the_link(host: Host) -> None:
+    host.nic.ip("link", "set", "nic0", "down")
+    before = host.state()
+    with host.up(VM1) as daemon:
+        daemon.kill()
+    monitor = host.nic.start("ip", "monitor", "link", "dev", "nic0")
+    with host.up(VM1) as daemon:
+        assert "nic0: set down" not in daemon.process.log()
+        assert "state DOWN" not in monitor.log()
+        daemon.kill()
+    with host.up(VM1) as daemon:
+        daemon.down()
+    assert host.state() == before
+
+
 def test_clean_undoes_what_kill_9_left(host: Host) -> None:
     before = host.state()
     with host.up(VM1) as daemon:
@@ -402,7 +435,14 @@ def test_a_refused_start_leaves_the_nic_alone(host: Host, args: list[str], code:
     assert not (host.directory / "run").exists()
 
 
-@pytest.mark.parametrize(("drop", "named"), [("net_admin", "CAP_NET_ADMIN"), ("net_raw", "CAP_NET_RAW")])
+@pytest.mark.parametrize(
+    ("drop", "named"),
+    [
+        ("net_admin", "CAP_NET_ADMIN"),
+        ("net_raw", "CAP_NET_RAW"),
+        ("perfmon,-sys_admin", "CAP_PERFMON or CAP_SYS_ADMIN"),
+    ],
+)
 def test_a_missing_capability_is_named(host: Host, drop: str, named: str) -> None:
     argv = ("setpriv", f"--bounding-set=-{drop}", "--inh-caps=-all", "--", PROGRAM, "up", "--iface", "nic0")
     result = host.nic.run(*argv, check=False)
