@@ -21,6 +21,7 @@ import importlib
 import logging
 import os
 import platform
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -322,17 +323,20 @@ def drops(status: Callable[[], Status], *, as_json: bool, seconds: float | None)
     log.info("tracing drops%s", f" for {seconds:g} s" if seconds else ", until interrupted")
     end = time.monotonic() + seconds if seconds else None
     fresh = time.monotonic()
+    interrupted: list[int] = []  # a flag, for an exception could come between an event's arrival and its line
+    before = signal.signal(signal.SIGINT, lambda number, _frame: interrupted.append(number))
     try:
-        while end is None or time.monotonic() < end:
+        while not interrupted and (end is None or time.monotonic() < end):
             left = 1.0 if end is None else max(0.001, min(1.0, end - time.monotonic()))
             bpf.perf_buffer_poll(timeout=max(1, int(left * 1000)))
             show()
             if time.monotonic() - fresh >= REFRESH_PERIOD:
                 resolver.refresh()
                 fresh = time.monotonic()
-    except KeyboardInterrupt:
-        pass
+        bpf.perf_buffer_poll(timeout=0)  # what has come since
+        show()
     finally:
+        signal.signal(signal.SIGINT, before)
         bpf.cleanup()
         for (guest, cause), count in sorted(summary.items()):
             log.info("%s: %s: %d frames", guest, cause, count)
