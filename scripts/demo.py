@@ -175,7 +175,7 @@ def play(seconds: int) -> None:
             server.wait_line("Server listening", 10)
             iperf(lab, "TCP vm1 -> network", vm1, NET_IP, seconds, "")
             iperf(lab, "TCP network -> vm1", vm1, NET_IP, seconds, "-R")
-            iperf(lab, "UDP network -> vm1", vm1, NET_IP, seconds, "-R -u -b 50M -l 1200")
+            iperf(lab, "UDP network -> vm1", vm1, NET_IP, seconds, "-R -u -b 10M -l 1200")
         vm2.spawn("iperf3 -s -1")
         wait_for(lambda: vm2.call("netstat -ltn | grep -q :5201")[0] == 0, 10, "iperf3 in vm2")
         iperf(lab, "TCP vm1 -> vm2", vm1, guest_ip(2), seconds, "")
