@@ -24,13 +24,14 @@ from .errors import DatapathError
 
 log = logging.getLogger(__name__)
 
-ABI = 4
+ABI = 5
 MAX_REGIONS = 509
 MAX_PAIRS = 128
 MAX_RING_SIZE = 32768
 NO_RING = 0xFFFFFFFF
 VLAN_ANY = 0xFFFF
 NICQ_PARTIAL_CSUM = 1
+VRING_LOG_USED = 1
 START_POLL = 0.001  # seconds between looks whether a worker has made its first turn
 POLL_MODES = {"adaptive": 0, "busy": 1, "interrupt": 2}
 DROP_MAX = 9
@@ -64,12 +65,15 @@ class VringConf(Structure):
         ("avail", c_uint64),
         ("used", c_uint64),
         ("features", c_uint64),
+        ("log", c_uint64),
+        ("inflight", c_uint64),
+        ("inflight_offset", c_uint64),
         ("num", c_uint32),
         ("base", c_uint32),
         ("kick_fd", c_int32),
         ("call_fd", c_int32),
         ("enabled", c_uint32),
-        ("reserved", c_uint32),
+        ("flags", c_uint32),
     )
 
 
@@ -276,6 +280,7 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "xv_vring_new": (c_int32, (c_void_p, POINTER(VringConf), POINTER(c_void_p))),
     "xv_vring_free": (None, (c_void_p,)),
     "xv_vring_base": (c_uint32, (c_void_p,)),
+    "xv_inflight_size": (c_uint32, (c_uint32, c_int32)),
     "xv_vring_set_call": (None, (c_void_p, c_int32)),
     "xv_vring_set_enabled": (None, (c_void_p, c_int32)),
     "xv_nicq_new": (c_int32, (POINTER(NicqConf), POINTER(c_void_p))),
@@ -388,7 +393,7 @@ class Vring(_Native):
 
     @property
     def base(self) -> int:
-        """The next avail index that would be read: what GET_VRING_BASE answers."""
+        """Where to go on, as GET_VRING_BASE answers it: an avail index, or the two places of a packed ring."""
         return int(library().xv_vring_base(self.handle))
 
     def set_call(self, fd: int) -> None:
@@ -596,6 +601,13 @@ class Datapath:
         _check(result, f"memory table of guest {port.name!r}")
         return Memory(handle.value or 0)
 
+    def shared(self, port: GuestPort, address: int, size: int) -> Memory:
+        """Other memory of the front-end's, mapped at `address`: a dirty bitmap or an in-flight region.
+
+        Guarded like the guest's own, for the front-end may truncate its file. Raises DatapathError.
+        """
+        return self.memory(port, [Region(0, size, 0, address)])
+
     def vring(
         self,
         mem: Memory,
@@ -609,12 +621,33 @@ class Datapath:
         kick_fd: int,
         call_fd: int,
         enabled: bool,
+        log: Memory | None = None,
+        log_used: bool = False,
+        inflight: Memory | None = None,
+        inflight_offset: int = 0,
     ) -> Vring:
         """A virtqueue at the given front-end addresses.
 
-        Raises DatapathError: EINVAL (size or alignment, virtio 1.2, 2.7), EFAULT (not inside one memory region).
+        `log`: the dirty bitmap (`shared`), written while VHOST_F_LOG_ALL is among the features; `log_used`: for the
+        ring's own parts too. `inflight`: the in-flight region, whose part at `inflight_offset` is this ring's.
+        Raises DatapathError: EINVAL (size, alignment, base or in-flight part; virtio 1.2, 2.7 and 2.8), EFAULT (not
+        inside one memory region).
         """
-        conf = VringConf(desc, avail, used, features, num, base, kick_fd, call_fd, int(enabled), 0)
+        conf = VringConf(
+            desc=desc,
+            avail=avail,
+            used=used,
+            features=features,
+            log=log.handle if log else 0,
+            inflight=inflight.handle if inflight else 0,
+            inflight_offset=inflight_offset,
+            num=num,
+            base=base,
+            kick_fd=kick_fd,
+            call_fd=call_fd,
+            enabled=int(enabled),
+            flags=VRING_LOG_USED if log_used else 0,
+        )
         handle = c_void_p()
         _check(self._lib.xv_vring_new(mem.handle, byref(conf), byref(handle)), f"virtqueue of {num} entries")
         return Vring(handle.value or 0)
@@ -675,6 +708,11 @@ class Datapath:
             nr_macs=len(macs),
         )
         _check(self._lib.xv_publish(self.handle, byref(conf_all)), "cannot publish to the workers")
+
+
+def inflight_size(num: int, packed: bool) -> int:
+    """Bytes of one ring's part of an in-flight region (vhost-user, "Inflight I/O tracking")."""
+    return int(library().xv_inflight_size(num, int(packed)))
 
 
 def is_ring_error(error: DatapathError) -> bool:

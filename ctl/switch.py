@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+F_PACKED = 1 << 34
 F_MTU, F_MAC, F_STATUS, F_MQ, F_PROTOCOL_FEATURES = (1 << bit for bit in (3, 5, 16, 22, 30))
 
 
@@ -77,6 +78,7 @@ class GuestEntry:
     @property
     def device_features(self) -> int:
         offered = datapath.features() | F_MTU | F_MAC | F_STATUS | F_PROTOCOL_FEATURES
+        offered &= ~F_PACKED  # ctl/vhost does not take the bases and sizes of packed rings yet
         return offered if self.max_pairs > 1 else offered & ~F_MQ
 
     def memory(self, regions: Sequence[Region]) -> Memory:

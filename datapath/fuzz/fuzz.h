@@ -302,13 +302,12 @@ static inline uint16_t check_used(uint32_t index, bool readable, uint64_t *bytes
 	struct hostile *h = &f.hostile;
 	const struct ring *r = &h->ring[index];
 	const struct xv_vring *vr = r->vr;
-	uint16_t n = (uint16_t)(vr->used_idx - h->used[index]);
+	uint16_t n = (uint16_t)(vr->next - h->used[index]);
 
-	CHECK_EQ(vr->last_avail, vr->used_idx);
 	*bytes = 0;
 	if (readable && n) {
 		CHECK(n <= r->num);
-		CHECK_EQ(r->used->idx, vr->used_idx);
+		CHECK_EQ(r->used->idx, vr->next);
 		CHECK((uint16_t)(r->avail->idx - h->used[index]) <= r->num);
 		CHECK(n <= (uint16_t)(r->avail->idx - h->used[index]));
 		for (uint16_t i = 0; i < n; i++) {
@@ -319,7 +318,7 @@ static inline uint16_t check_used(uint32_t index, bool readable, uint64_t *bytes
 			*bytes += r->used->ring[slot].len;
 		}
 	}
-	h->used[index] = vr->used_idx;
+	h->used[index] = vr->next;
 	return n;
 }
 
@@ -382,8 +381,8 @@ static inline void settle(void)
 	for (uint32_t i = 0; i < 2; i++)
 		CHECK_EQ(f.peer[i].ring[TX].used->idx, f.peer[i].ring[TX].avail->idx);
 	if (h->isolated && h->ring[TX].vr && h->guest->fault.code == XV_FAULT_NONE) {
-		CHECK_EQ(h->ring[TX].vr->last_avail, h->ring[TX].avail->idx); /* nothing is left lying */
-		CHECK_EQ(h->ring[CTRL].vr->last_avail, h->ring[CTRL].avail->idx);
+		CHECK_EQ(h->ring[TX].vr->next, h->ring[TX].avail->idx); /* nothing is left lying */
+		CHECK_EQ(h->ring[CTRL].vr->next, h->ring[CTRL].avail->idx);
 	}
 }
 
@@ -435,7 +434,7 @@ static inline void hostile_rings(void)
 		};
 
 		CHECK_EQ(xv_vring_new(h->mem, &conf, &r->vr), 0);
-		h->used[i] = r->vr->used_idx;
+		h->used[i] = r->vr->next;
 	}
 	publish(true);
 }

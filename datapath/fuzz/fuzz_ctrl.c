@@ -68,12 +68,12 @@ static void op_command(struct input *in)
 	if (pieces + 1 > r->num)
 		return; /* a table larger than the ring: a fault */
 	ring_desc(r, 0, table, 16 * (pieces + 1), VRING_DESC_F_INDIRECT, -1);
-	used = r->vr->used_idx;
+	used = r->vr->next;
 	ring_offer(r, 0);
 	settle();
 	if (!f.hostile.isolated)
 		return;
-	CHECK_EQ((uint16_t)(r->vr->used_idx - used), 1);
+	CHECK_EQ((uint16_t)(r->vr->next - used), 1);
 	CHECK_EQ(r->used->ring[used & (r->num - 1)].len, 1);
 	CHECK_EQ(memory[50000], model(cmd, n, f.hostile.features) ? VIRTIO_NET_OK : VIRTIO_NET_ERR);
 }

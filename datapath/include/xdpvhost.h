@@ -19,7 +19,7 @@
 
 #define XV_API __attribute__((visibility("default")))
 
-#define XV_ABI 4u /* changes with every change of a struct or of a meaning below */
+#define XV_ABI 5u /* changes with every change of a struct or of a meaning below */
 
 #define XV_MAX_WORKERS 64u
 #define XV_MAX_REGIONS 509u    /* memory slots of one guest: what VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS grants */
@@ -83,14 +83,26 @@ struct xv_region {
 	uint64_t host;      /* where control mapped it here */
 };
 
+#define XV_VRING_LOG_USED 1u /* writes to the ring itself are logged too (VHOST_VRING_F_LOG) */
+
 struct xv_vring_conf {
-	uint64_t desc, avail, used; /* front-end virtual addresses, translated and checked against the memory table */
-	uint64_t features;          /* negotiated virtio features */
+	/* front-end virtual addresses, translated and checked against the memory table; of a packed ring: descriptor ring,
+	 * driver area, device area */
+	uint64_t desc, avail, used;
+	uint64_t features;          /* negotiated virtio features; VHOST_F_LOG_ALL among them: `log` is written */
+	uint64_t log;               /* struct xv_mem * whose one region, at 0, is the dirty bitmap, or 0 */
+	uint64_t inflight;          /* struct xv_mem * whose one region, at 0, is the in-flight region, or 0 */
+	uint64_t inflight_offset;   /* of this ring's part in it, xv_inflight_size() bytes */
 	uint32_t num;               /* descriptors */
-	uint32_t base;              /* avail index to go on from; where the guest's used index disagrees, that one counts */
+	/*
+	 * Where to go on, as in SET_VRING_BASE. Split: an avail index; where the guest's used index disagrees, that one
+	 * counts. Packed: bits 0-14 avail index, 15 its wrap counter, 16-30 used index, 31 its wrap counter; what an
+	 * in-flight region says counts more.
+	 */
+	uint32_t base;
 	int32_t kick_fd, call_fd;   /* -1: none */
 	uint32_t enabled;
-	uint32_t reserved;
+	uint32_t flags;             /* XV_VRING_* */
 };
 
 /* One AF_XDP ring as the kernel mapped it (linux/if_xdp.h: struct xdp_ring_offset). Addresses in this process. */
@@ -243,10 +255,11 @@ XV_API void xv_guest_announce(struct xv_guest *guest, const uint8_t mac[6]); /* 
 XV_API int xv_mem_new(const struct xv_region *regions, uint32_t count, struct xv_guest *guest, struct xv_mem **out);
 XV_API void xv_mem_free(struct xv_mem *mem);
 
-/* -EINVAL: size or alignment; -EFAULT: a part of the ring is not inside one region; -ENOMEM */
+/* -EINVAL: size, alignment, base or in-flight part; -EFAULT: a part of the ring is not inside one region; -ENOMEM */
 XV_API int xv_vring_new(struct xv_mem *mem, const struct xv_vring_conf *conf, struct xv_vring **out);
 XV_API void xv_vring_free(struct xv_vring *vring);
-XV_API uint32_t xv_vring_base(const struct xv_vring *vring); /* next avail index to be read */
+XV_API uint32_t xv_vring_base(const struct xv_vring *vring); /* where to go on, as xv_vring_conf.base */
+XV_API uint32_t xv_inflight_size(uint32_t num, int packed);   /* bytes of one ring's part of an in-flight region */
 /* Interrupt through call_fd from now on, and once at once; then xv_quiesce() before the old one is closed. */
 XV_API void xv_vring_set_call(struct xv_vring *vring, int call_fd);
 XV_API void xv_vring_set_enabled(struct xv_vring *vring, int enabled);

@@ -19,9 +19,10 @@ static const struct xv_layout_entry layout[] = {
 	FIELD(xv_dp_conf, reserved),
 	SIZE(xv_region), FIELD(xv_region, gpa), FIELD(xv_region, size), FIELD(xv_region, user_addr), FIELD(xv_region, host),
 	SIZE(xv_vring_conf), FIELD(xv_vring_conf, desc), FIELD(xv_vring_conf, avail), FIELD(xv_vring_conf, used),
-	FIELD(xv_vring_conf, features), FIELD(xv_vring_conf, num), FIELD(xv_vring_conf, base),
+	FIELD(xv_vring_conf, features), FIELD(xv_vring_conf, log), FIELD(xv_vring_conf, inflight),
+	FIELD(xv_vring_conf, inflight_offset), FIELD(xv_vring_conf, num), FIELD(xv_vring_conf, base),
 	FIELD(xv_vring_conf, kick_fd), FIELD(xv_vring_conf, call_fd), FIELD(xv_vring_conf, enabled),
-	FIELD(xv_vring_conf, reserved),
+	FIELD(xv_vring_conf, flags),
 	SIZE(xv_ring), FIELD(xv_ring, producer), FIELD(xv_ring, consumer), FIELD(xv_ring, flags), FIELD(xv_ring, ring),
 	FIELD(xv_ring, mask), FIELD(xv_ring, size),
 	SIZE(xv_nicq_conf), FIELD(xv_nicq_conf, umem), FIELD(xv_nicq_conf, umem_size), FIELD(xv_nicq_conf, chunk),
@@ -99,7 +100,8 @@ const char *xv_fault_name(uint32_t code)
 uint64_t xv_features(void)
 {
 	return 1ull << VIRTIO_F_VERSION_1 | 1ull << VIRTIO_F_ANY_LAYOUT | 1ull << VIRTIO_RING_F_INDIRECT_DESC |
-	       1ull << VIRTIO_RING_F_EVENT_IDX | 1ull << VIRTIO_NET_F_MRG_RXBUF | 1ull << VIRTIO_NET_F_CSUM |
+	       1ull << VIRTIO_RING_F_EVENT_IDX | 1ull << VIRTIO_F_RING_PACKED | 1ull << VIRTIO_F_IN_ORDER |
+	       1ull << VIRTIO_F_RING_RESET | 1ull << VIRTIO_NET_F_MRG_RXBUF | 1ull << VIRTIO_NET_F_CSUM |
 	       1ull << VIRTIO_NET_F_HOST_TSO4 | 1ull << VIRTIO_NET_F_HOST_TSO6 | 1ull << VIRTIO_NET_F_HOST_ECN |
 	       1ull << VIRTIO_NET_F_GUEST_TSO4 | 1ull << VIRTIO_NET_F_GUEST_TSO6 | 1ull << VIRTIO_NET_F_GUEST_ECN |
 	       1ull << F_GUEST_USO4 | 1ull << F_GUEST_USO6 | 1ull << F_HOST_USO | 1ull << VIRTIO_NET_F_GUEST_CSUM | 1ull << VIRTIO_NET_F_CTRL_VQ | 1ull << VIRTIO_NET_F_CTRL_RX |

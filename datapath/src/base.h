@@ -16,6 +16,7 @@
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 #define cold __attribute__((noinline, cold))
+#define always_inline __attribute__((always_inline))
 /* Each argument is evaluated once: some are reads of shared rings. */
 #define MIN(a, b)                                      \
 	({                                             \

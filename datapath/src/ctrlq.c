@@ -80,19 +80,20 @@ static bool execute(struct xv_vring *vr, uint64_t features, uint32_t max_pairs, 
 
 uint32_t ctrlq_poll(struct xv_vring *vr, uint64_t features, uint32_t max_pairs, struct call_ctx *ctx)
 {
-	uint32_t ready = MIN(vring_avail(vr), XV_BURST), done = 0;
 	struct xv_ctrl_state *state = &vr->guest->ctrl;
 	struct xv_seg segs[SEGS_MAX];
 	uint8_t command[COMMAND_MAX];
+	struct vring_desc desc;
+	struct xv_buf buf;
 	uint64_t one = 1;
+	uint32_t done;
 
-	for (; done < ready; done++) {
-		uint16_t head = vring_head(vr, vr->last_avail);
+	for (done = 0; done < XV_BURST && vring_peek(vr, vr->packed, vr->next, &buf, &desc, 1); done++) {
 		uint32_t nr, writable, len = 0, written = 0;
 		uint64_t bytes;
 		uint32_t budget = SEGS_MAX;
 		enum chain_result result =
-			vring_chain(vr, head, CHAIN_READ, segs, SEGS_MAX, &nr, &bytes, &writable, &budget);
+			vring_chain(vr, &buf, CHAIN_READ, segs, SEGS_MAX, &nr, &bytes, &writable, &budget);
 		bool ok = result == CHAIN_OK;
 
 		if (result == CHAIN_FAULT)
@@ -110,16 +111,16 @@ uint32_t ctrlq_poll(struct xv_vring *vr, uint64_t features, uint32_t max_pairs, 
 		ok = ok && execute(vr, features, max_pairs, command, len);
 		if (writable) {
 			*segs[nr - writable].data = ok ? VIRTIO_NET_OK : VIRTIO_NET_ERR; /* the first writable byte */
+			vring_wrote(vr, segs[nr - writable].data, 1);
 			written = 1;
 		}
 		count(state->commands, 1);
 		if (!ok)
 			count(state->refused, 1);
-		vring_use(vr, head, written);
-		vr->last_avail++;
+		vring_use(vr, vr->packed, &buf, written);
 	}
 	if (done) {
-		if (vring_publish(vr))
+		if (vring_publish(vr, vr->packed))
 			vring_call(vr, &vr->queue->tx.calls, &vr->queue->tx.calls_failed, &ctx->calling);
 		if (vr->guest->event_fd >= 0 && write(vr->guest->event_fd, &one, sizeof(one)) < 0)
 			return done; /* saturated: control has an event to read anyway */

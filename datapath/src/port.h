@@ -23,7 +23,7 @@ struct call_ctx { /* what a worker lends to whoever delivers to guests */
 
 /* The chains of a burst: first `skipped` ones whose frames were dropped, then one for each view. */
 struct burst_chains {
-	uint16_t head[XV_BURST];
+	struct xv_buf buf[XV_BURST];
 	struct gso_header gso[XV_BURST]; /* of the views that have a gso_type */
 	uint32_t skipped;
 };

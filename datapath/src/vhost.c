@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * A guest's queue pair as a port.
+ * A guest's queue pair as a port. Split and packed rings go through the same functions, made twice: `packed` is a
+ * constant in each.
  *
  * From the guest: descriptors of a burst are prefetched, read once, translated, and each frame becomes a view of the
  * guest's own buffers, with its virtio-net header read once into the view. Chains are given back (used) in order once
@@ -21,7 +22,8 @@
  * A chain of several descriptors, an indirect one, or a faulty one: the walk decides, from what the table says now.
  * False: there is no view of it. It is counted as dropped only if it is the burst's first, for only then it is skipped.
  */
-static bool view_walk(struct xv_vring *vr, uint16_t head, struct xv_burst *burst, struct gso_header *gso, uint32_t *budget)
+static bool view_walk(struct xv_vring *vr, const struct xv_buf *buf, struct xv_burst *burst, struct gso_header *gso,
+		      uint32_t *budget)
 {
 	struct xv_view *view = &burst->views[burst->nr];
 	struct xv_seg *segs = &burst->segs[burst->nr_segs];
@@ -30,7 +32,7 @@ static bool view_walk(struct xv_vring *vr, uint16_t head, struct xv_burst *burst
 	enum xv_drop why;
 	uint64_t bytes;
 	enum chain_result result =
-		vring_chain(vr, head, CHAIN_READ, segs, XV_BURST_SEGS - burst->nr_segs, &nr, &bytes, NULL, budget);
+		vring_chain(vr, buf, CHAIN_READ, segs, XV_BURST_SEGS - burst->nr_segs, &nr, &bytes, NULL, budget);
 
 	if (unlikely(result == CHAIN_FAULT))
 		return false;
@@ -99,33 +101,25 @@ static inline bool view_single(struct xv_vring *vr, const struct vring_desc *des
 	return likely(!view->gso_type) || gso_check(view, gso);
 }
 
-void guest_rx_burst(struct xv_vring *vr, struct xv_burst *burst, struct burst_chains *chains)
+static inline always_inline void rx_burst(struct xv_vring *vr, struct xv_burst *burst, struct burst_chains *chains,
+					  const bool packed)
 {
-	uint32_t ready = MIN(vring_avail(vr), XV_BURST), budget = XV_BURST_SEGS;
+	uint32_t budget = XV_BURST_SEGS, n;
 	struct vring_desc descs[XV_BURST];
 
 	burst->nr = burst->nr_segs = 0;
 	chains->skipped = 0;
-	for (uint32_t i = 0; i < ready; i++) {
-		chains->head[i] = vring_head(vr, (uint16_t)(vr->last_avail + i));
-		if (unlikely(chains->head[i] >= vr->num)) {
-			vring_fault(vr, XV_FAULT_HEAD, chains->head[i]);
-			ready = i;
-			break;
-		}
-		prefetch(&vr->desc[chains->head[i]]);
-	}
-	for (uint32_t i = 0; i < ready; i++) {
+	n = vring_peek(vr, packed, vr->next, chains->buf, descs, XV_BURST);
+	for (uint32_t i = 0; i < n; i++) {
 		uint32_t got;
 
-		descs[i] = desc_read(&vr->desc[chains->head[i]]);
 		prefetch(mem_at(vr->mem, descs[i].addr, 1, &got));
 	}
-	for (uint32_t i = 0; i < ready; i++) {
+	for (uint32_t i = 0; i < n; i++) {
 		struct gso_header *gso = &chains->gso[burst->nr];
 
 		if (unlikely(!view_single(vr, &descs[i], &burst->views[burst->nr], gso)) &&
-		    !view_walk(vr, chains->head[i], burst, gso, &budget)) {
+		    !view_walk(vr, &chains->buf[i], burst, gso, &budget)) {
 			/* dropped, faulted, or no room for its segments: a later burst's business, unless this one is empty */
 			if (burst->nr || guest_faulted(vr->guest))
 				break;
@@ -138,20 +132,33 @@ void guest_rx_burst(struct xv_vring *vr, struct xv_burst *burst, struct burst_ch
 	}
 }
 
+void guest_rx_burst(struct xv_vring *vr, struct xv_burst *burst, struct burst_chains *chains)
+{
+	if (vr->packed)
+		rx_burst(vr, burst, chains, true);
+	else
+		rx_burst(vr, burst, chains, false);
+}
+
+static inline always_inline bool rx_release(struct xv_vring *vr, const struct xv_buf *bufs, uint32_t n, const bool packed)
+{
+	for (uint32_t i = 0; i < n; i++)
+		vring_use(vr, packed, &bufs[i], 0);
+	return vring_publish(vr, packed);
+}
+
 void guest_rx_release(struct xv_vring *vr, const struct xv_burst *burst, const struct burst_chains *chains, uint32_t n,
 		      struct call_ctx *ctx)
 {
 	struct xv_tx_counters *counters = &vr->queue->tx;
+	const uint32_t used = chains->skipped + n;
 	uint64_t bytes = 0;
 
-	for (uint32_t i = 0; i < chains->skipped + n; i++)
-		vring_use(vr, chains->head[i], 0);
 	for (uint32_t i = 0; i < n; i++)
 		bytes += burst->views[i].len;
-	vr->last_avail = (uint16_t)(vr->last_avail + chains->skipped + n);
-	count(counters->packets, n + chains->skipped);
+	count(counters->packets, used);
 	count(counters->bytes, bytes);
-	if (vring_publish(vr))
+	if (vr->packed ? rx_release(vr, chains->buf, used, true) : rx_release(vr, chains->buf, used, false))
 		vring_call(vr, &counters->calls, &counters->calls_failed, &ctx->calling);
 }
 
@@ -198,6 +205,15 @@ static uint32_t put(struct writer *w, const uint8_t *from, uint32_t len, struct 
 	return copied;
 }
 
+/* What the writer has written, for the dirty log. */
+static void wrote(const struct xv_vring *vr, const struct writer *w)
+{
+	for (uint32_t i = 0; vr->log && i < w->at; i++)
+		vring_wrote(vr, w->segs[i].data, w->segs[i].len);
+	if (w->offset)
+		vring_wrote(vr, w->segs[w->at].data, w->offset);
+}
+
 /* Copy the frame; with `finish`, sum it from csum_start on and put the checksum where it belongs. Bytes copied. */
 static uint32_t put_frame(struct writer *w, const struct xv_view *view, bool finish)
 {
@@ -234,37 +250,39 @@ static uint32_t put_frame(struct writer *w, const struct xv_view *view, bool fin
 enum delivery { DELIVERED, DROPPED, NO_BUFFERS };
 
 /* One frame into any layout of buffers. Nothing is consumed unless it is delivered. */
-static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *view, uint32_t avail, uint64_t *copied)
+static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *view, uint64_t *copied)
 {
 	const uint64_t need = (uint64_t)vr->header_len + view->len;
 	const bool finish = view->flags & VIEW_NEEDS_CSUM && !vr->guest_csum;
 	struct virtio_net_hdr_mrg_rxbuf hdr = {0};
 	struct xv_seg segs[MERGE_MAX];
-	uint16_t heads[MERGE_MAX];
+	struct xv_buf bufs[MERGE_MAX];
 	uint32_t room[MERGE_MAX], nr_segs = 0, buffers = 0, budget = BUDGET_MAX;
+	cursor at = vr->next;
 	uint64_t have = 0;
 
 	do {
+		struct xv_buf *buf = &bufs[buffers];
+		struct vring_desc desc;
 		uint32_t nr;
 		uint64_t bytes;
 		enum chain_result result;
 
 		if (buffers == MERGE_MAX || buffers == vr->num)
 			goto too_big; /* it will never fit */
-		if (buffers == avail)
+		if (!vring_peek(vr, vr->packed, at, buf, &desc, 1))
 			return NO_BUFFERS;
-		heads[buffers] = vring_head(vr, (uint16_t)(vr->last_avail + buffers));
-		result = vring_chain(vr, heads[buffers], CHAIN_WRITE, segs + nr_segs, MERGE_MAX - nr_segs, &nr, &bytes, NULL,
-				     &budget);
+		result = vring_chain(vr, buf, CHAIN_WRITE, segs + nr_segs, MERGE_MAX - nr_segs, &nr, &bytes, NULL, &budget);
 		if (result == CHAIN_TOO_LONG && budget && have + bytes < need)
 			goto too_big;
 		if (!budget || result == CHAIN_WRONG_WAY || (result == CHAIN_OK && !bytes))
-			vring_fault(vr, XV_FAULT_CHAIN, heads[buffers]);
+			vring_fault(vr, XV_FAULT_CHAIN, buf->id);
 		if (guest_faulted(vr->guest))
 			return NO_BUFFERS;
 		nr_segs += nr;
 		room[buffers] = (uint32_t)MIN(bytes, need - have);
 		have += room[buffers];
+		at = vring_after(vr, vr->packed, buf);
 		buffers++;
 	} while (have < need && vr->mergeable);
 	if (have < need)
@@ -277,9 +295,9 @@ static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *vie
 	hdr.num_buffers = (uint16_t)buffers;
 	put(&w, (const uint8_t *)&hdr, vr->header_len, NULL);
 	*copied += put_frame(&w, view, finish);
+	wrote(vr, &w);
 	for (uint32_t i = 0; i < buffers; i++)
-		vring_use(vr, heads[i], room[i]);
-	vr->last_avail = (uint16_t)(vr->last_avail + buffers);
+		vring_use(vr, vr->packed, &bufs[i], room[i]);
 	if (finish)
 		count(vr->queue->rx.csum_finished, 1);
 	return DELIVERED;
@@ -289,64 +307,56 @@ too_big:
 	return DROPPED;
 }
 
-struct place {
-	uint8_t *to;
-	uint16_t head;
-};
-
-/* How many of the next buffers are plain enough for views[0..n): one writable descriptor that holds header and frame. */
-static uint32_t find_places(struct xv_vring *vr, const struct xv_view *const *views, uint32_t n, struct place *places)
+/*
+ * How many of the next buffers are plain enough for views[0..n): one writable descriptor that holds header and frame.
+ * Sets bufs[] and to[] for those; `*there` is how many were looked at.
+ */
+static inline always_inline uint32_t find_places(struct xv_vring *vr, const struct xv_view *const *views, uint32_t n,
+						 struct xv_buf *bufs, uint8_t **to, uint32_t *there, const bool packed)
 {
-	for (uint32_t i = 0; i < n; i++) {
-		places[i].head = vring_head(vr, (uint16_t)(vr->last_avail + i));
-		if (unlikely(places[i].head >= vr->num)) {
-			n = i; /* deliver_slow() faults it */
-			break;
-		}
-		prefetch(&vr->desc[places[i].head]);
-	}
-	for (uint32_t i = 0; i < n; i++) {
-		const struct vring_desc desc = desc_read(&vr->desc[places[i].head]);
+	struct vring_desc descs[XV_BURST];
+
+	*there = vring_peek(vr, packed, vr->next, bufs, descs, n);
+	for (uint32_t i = 0; i < *there; i++) {
 		const uint32_t need = vr->header_len + views[i]->len;
 		uint32_t got;
 
-		if (unlikely(desc.flags != VRING_DESC_F_WRITE || desc.len < need))
+		if (unlikely(descs[i].flags != VRING_DESC_F_WRITE || descs[i].len < need))
 			return i;
 		if (unlikely(views[i]->flags & VIEW_NEEDS_CSUM && !vr->guest_csum))
 			return i;
-		places[i].to = mem_at(vr->mem, desc.addr, need, &got);
+		to[i] = mem_at(vr->mem, descs[i].addr, need, &got);
 		if (unlikely(got < need))
 			return i;
-		prefetch_write(places[i].to);
-		prefetch_write(places[i].to + 64);
+		prefetch_write(to[i]);
+		prefetch_write(to[i] + 64);
 	}
-	return n;
+	return *there;
 }
 
-uint32_t guest_tx_burst(struct xv_vring *vr, const struct xv_view *const *views, uint32_t n, struct call_ctx *ctx)
+static inline always_inline uint32_t tx_burst(struct xv_vring *vr, const struct xv_view *const *views, uint32_t n,
+					      struct call_ctx *ctx, const bool packed)
 {
 	struct xv_rx_counters *counters = &vr->queue->rx;
 	const uint32_t header_len = vr->header_len;
 	uint64_t packets = 0, bytes = 0, copied = 0, partial = 0;
-	uint16_t before;
+	cursor before;
 	uint32_t done = 0;
 	bool call = false;
 
 	spin_lock(&vr->queue->rx_lock);
-	before = vr->used_idx;
+	before = vr->next;
 	while (done < n) {
-		struct place places[XV_BURST];
-		uint32_t avail = vring_avail(vr);
-		uint32_t plain;
+		struct xv_buf bufs[XV_BURST];
+		uint8_t *places[XV_BURST];
+		uint32_t there, plain;
 
-		if (!avail)
-			break;
-		plain = find_places(vr, views + done, MIN(MIN(avail, n - done), XV_BURST), places);
+		plain = find_places(vr, views + done, MIN(n - done, XV_BURST), bufs, places, &there, packed);
 		for (uint32_t i = 0; i < plain; i++) {
 			const struct xv_view *view = views[done + i];
-			uint8_t *to = places[i].to + header_len;
+			uint8_t *to = places[i] + header_len;
 
-			write_plain_header(places[i].to, header_len, view);
+			write_plain_header(places[i], header_len, view);
 			xv_copy(to, view->first.data, view->first.len);
 			to += view->first.len;
 			copied += view->first.len;
@@ -355,16 +365,17 @@ uint32_t guest_tx_burst(struct xv_vring *vr, const struct xv_view *const *views,
 				to += view->more[j].len;
 				copied += view->more[j].len;
 			}
-			vring_use(vr, places[i].head, header_len + view->len);
+			vring_wrote(vr, places[i], header_len + view->len);
+			vring_use(vr, packed, &bufs[i], header_len + view->len);
 			packets++;
 			bytes += view->len;
 			partial += view->flags & VIEW_NEEDS_CSUM;
 		}
-		vr->last_avail = (uint16_t)(vr->last_avail + plain);
-		avail -= plain;
 		done += plain;
-		if (done < n && avail) {
-			enum delivery result = deliver_slow(vr, views[done], avail, &copied);
+		if (!there)
+			break;
+		if (plain < there) {
+			enum delivery result = deliver_slow(vr, views[done], &copied);
 
 			if (result == NO_BUFFERS)
 				break;
@@ -376,12 +387,12 @@ uint32_t guest_tx_burst(struct xv_vring *vr, const struct xv_view *const *views,
 			done++;
 		}
 	}
-	if (vr->used_idx != before) {
+	if (vr->next != before) {
 		count(counters->packets, packets);
 		count(counters->bytes, bytes);
 		count(counters->copied_bytes, copied);
 		count(counters->csum_partial, partial);
-		call = vring_publish(vr);
+		call = vring_publish(vr, packed);
 		/* who waits for a kick of this ring has had it: the buffers came after it was armed */
 		if (unlikely(load_once(&vr->armed)))
 			vring_disarm(vr);
@@ -390,4 +401,9 @@ uint32_t guest_tx_burst(struct xv_vring *vr, const struct xv_view *const *views,
 	if (call)
 		vring_call(vr, &counters->calls, &counters->calls_failed, &ctx->calling);
 	return done;
+}
+
+uint32_t guest_tx_burst(struct xv_vring *vr, const struct xv_view *const *views, uint32_t n, struct call_ctx *ctx)
+{
+	return vr->packed ? tx_burst(vr, views, n, ctx, true) : tx_burst(vr, views, n, ctx, false);
 }

@@ -4,33 +4,47 @@
 #include "nethdr.h"
 
 #include <errno.h>
+#include <linux/vhost_types.h>
+#include <linux/virtio_config.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* The two sides of a walk through descriptors: a table, and how many entries may still be visited. */
+/* Where a walk through descriptors is. A packed ring's chain lies in consecutive entries and its length is known. */
 struct walk {
 	const uint8_t *table; /* NULL: an indirect table that lies in two regions, read piecewise */
 	uint64_t table_gpa;
-	uint32_t entries;
+	uint32_t size;        /* entries of the table */
+	uint32_t left;        /* that may still be visited */
 };
 
-static bool walk_read(struct xv_vring *vr, const struct walk *walk, uint32_t at, struct vring_desc *desc)
+static bool walk_read(struct xv_vring *vr, struct walk *walk, uint32_t at, struct vring_desc *desc)
 {
 	if (likely(walk->table)) {
 		*desc = desc_read(walk->table + (size_t)at * sizeof(*desc));
-		return true;
-	}
-	for (uint32_t done = 0, got; done < sizeof(*desc); done += got) {
-		const uint8_t *p = mem_at(vr->mem, walk->table_gpa + at * sizeof(*desc) + done, sizeof(*desc) - done, &got);
+	} else {
+		for (uint32_t done = 0, got; done < sizeof(*desc); done += got) {
+			const uint64_t gpa = walk->table_gpa + at * sizeof(*desc) + done;
+			const uint8_t *p = mem_at(vr->mem, gpa, (uint32_t)sizeof(*desc) - done, &got);
 
-		if (!p) {
-			vring_fault(vr, XV_FAULT_ADDRESS, walk->table_gpa + at * sizeof(*desc) + done);
-			return false;
+			if (!p) {
+				vring_fault(vr, XV_FAULT_ADDRESS, gpa);
+				return false;
+			}
+			memcpy((uint8_t *)desc + done, p, got);
 		}
-		memcpy((uint8_t *)desc + done, p, got);
+	}
+	walk->left--;
+	if (vr->packed) {
+		struct vring_packed_desc packed;
+
+		memcpy(&packed, desc, sizeof(packed));
+		desc->flags = packed.flags & (VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT);
+		if (walk->left)
+			desc->flags |= VRING_DESC_F_NEXT;
+		desc->next = (uint16_t)(at + 1 == walk->size ? 0 : at + 1);
 	}
 	return true;
 }
@@ -40,8 +54,9 @@ static bool walk_indirect(struct xv_vring *vr, struct walk *walk, const struct v
 {
 	uint32_t got;
 
-	/* whether it is marked writable is to be ignored (virtio 1.2, 2.7.5.3.2) */
-	if (!vr->indirect || desc->flags & VRING_DESC_F_NEXT || desc->len == 0 || desc->len % sizeof(*desc) || desc->len / sizeof(*desc) > vr->num) {
+	/* whether it is marked writable is to be ignored (virtio 1.2, 2.7.5.3.2 and 2.8.7) */
+	if (!vr->indirect || desc->flags & VRING_DESC_F_NEXT || desc->len == 0 || desc->len % sizeof(*desc) ||
+	    desc->len / sizeof(*desc) > vr->num) {
 		vring_fault(vr, XV_FAULT_CHAIN, desc->len);
 		return false;
 	}
@@ -49,7 +64,7 @@ static bool walk_indirect(struct xv_vring *vr, struct walk *walk, const struct v
 	if (got < desc->len)
 		walk->table = NULL;
 	walk->table_gpa = desc->addr;
-	walk->entries = desc->len / sizeof(*desc);
+	walk->size = walk->left = desc->len / (uint32_t)sizeof(*desc);
 	return true;
 }
 
@@ -74,22 +89,23 @@ static enum chain_result add_segs(struct xv_vring *vr, uint64_t addr, uint32_t l
 	return CHAIN_OK;
 }
 
-enum chain_result vring_chain(struct xv_vring *vr, uint16_t head, enum chain_direction direction, struct xv_seg *segs,
-			      uint32_t max, uint32_t *nr, uint64_t *bytes, uint32_t *rest, uint32_t *budget)
+enum chain_result vring_chain(struct xv_vring *vr, const struct xv_buf *buf, enum chain_direction direction,
+			      struct xv_seg *segs, uint32_t max, uint32_t *nr, uint64_t *bytes, uint32_t *rest,
+			      uint32_t *budget)
 {
-	struct walk walk = {(const uint8_t *)vr->desc, 0, vr->num};
+	struct walk walk = {(const uint8_t *)vr->desc, 0, vr->num, vr->packed ? buf->slots : vr->num};
+	uint32_t at = vr->packed ? packed_slot(buf->at) : buf->id;
 	bool indirect = false, wrong_way = false;
-	uint32_t at = head;
 
 	*nr = 0;
 	*bytes = 0;
 	if (rest)
 		*rest = 0;
-	for (uint32_t visited = 0;; visited++) {
+	for (;;) {
 		struct vring_desc desc;
 
-		if (at >= walk.entries || visited >= walk.entries) {
-			vring_fault(vr, at >= walk.entries && visited == 0 ? XV_FAULT_HEAD : XV_FAULT_CHAIN, at);
+		if (at >= walk.size || !walk.left) {
+			vring_fault(vr, XV_FAULT_CHAIN, at);
 			return CHAIN_FAULT;
 		}
 		if (!*budget)
@@ -106,7 +122,6 @@ enum chain_result vring_chain(struct xv_vring *vr, uint16_t head, enum chain_dir
 				return CHAIN_FAULT;
 			indirect = true;
 			at = 0;
-			visited = UINT32_MAX; /* the table's own entries are counted from 0 */
 			continue;
 		}
 		if (!!(desc.flags & VRING_DESC_F_WRITE) != (direction == CHAIN_WRITE)) {
@@ -179,37 +194,151 @@ static int check_pollable(int fd)
 	return result;
 }
 
+/* Where the ring's three parts lie. 0, -EINVAL or -EFAULT. */
+static int place(struct xv_vring *vr, const struct xv_mem *mem, const struct xv_vring_conf *conf)
+{
+	const uint64_t num = conf->num;
+	/* split (2.7): 16 bytes a descriptor; flags, idx, num entries and used_event; flags, idx, num elements and
+	 * avail_event. Packed (2.8.10): 16 bytes a descriptor, and 4 bytes each of event suppression */
+	const uint64_t sizes[3] = {16 * num, vr->packed ? 4 : 6 + 2 * num, vr->packed ? 4 : 6 + 8 * num};
+	const uint64_t aligned[3] = {8, vr->packed ? 4 : 2, 4};
+	const uint64_t at[3] = {conf->desc, conf->avail, conf->used};
+	void *parts[3];
+
+	if (num == 0 || num > XV_MAX_RING_SIZE || at[0] % 16 || at[1] % aligned[1] || at[2] % 4)
+		return -EINVAL;
+	if (!vr->packed && (num & (num - 1) || conf->base > UINT16_MAX))
+		return -EINVAL;
+	for (int i = 0; i < 3; i++) {
+		parts[i] = mem_at_user(mem, at[i], sizes[i]);
+		if (!parts[i] || (uintptr_t)parts[i] % aligned[i])
+			return -EFAULT;
+	}
+	vr->desc = parts[0];
+	vr->avail = parts[1];
+	vr->used = parts[2];
+	return 0;
+}
+
+/* Where a split ring goes on. */
+static cursor split_start(const struct xv_vring *vr)
+{
+	/*
+	 * Every buffer is used in the order it was made available and before the turn ends, so the used index that the
+	 * guest sees is where to go on, also after this process or the last one was killed. conf->base agrees with it,
+	 * unless the front-end lost it (DPDK's does, after a crash of the backend): then it would replay frames.
+	 */
+	return load_once(&vr->used->idx);
+}
+
+/*
+ * Where a packed ring goes on. The ring doesn't tell, so it is what the front-end says, unless a predecessor has left
+ * it in the in-flight region: the front-end cannot know how far one came that was killed. Between its two writes there
+ * it may or may not have written the ring: then the descriptor at the old place is still available, or it is not.
+ */
+static int packed_start(struct xv_vring *vr, uint32_t base, cursor *start)
+{
+	struct inflight_packed *region = vr->inflight;
+	/* a base of 16 bits is that of old front-ends: no buffer is in flight, so the used place is the same */
+	cursor at = (cursor)(base >> 16 ? base >> 16 : base);
+
+	if (region && region->version) {
+		const uint16_t new_at = (uint16_t)((region->used_idx & (PACKED_WRAP - 1u)) | (region->used_wrap_counter & 1u) << 15),
+			       old_at = (uint16_t)((region->old_used_idx & (PACKED_WRAP - 1u)) |
+						   (region->old_used_wrap_counter & 1u) << 15);
+
+		if (region->version != 1 || region->desc_num != vr->num)
+			return -EINVAL;
+		at = new_at;
+		if (new_at != old_at && packed_slot(old_at) < vr->num && packed_is_available(vr, old_at))
+			at = old_at;
+	}
+	if (packed_slot(at) >= vr->num)
+		return -EINVAL;
+	*start = at;
+	if (region) {
+		region->version = 1;
+		region->desc_num = (uint16_t)vr->num;
+		region->used_idx = region->old_used_idx = (uint16_t)packed_slot(at);
+		region->used_wrap_counter = region->old_used_wrap_counter = (uint8_t)(at / PACKED_WRAP);
+	}
+	return 0;
+}
+
+/* A split ring's part: its used index in the guest's memory says more than we could write here. */
+struct inflight_split {
+	uint64_t features;
+	uint16_t version, desc_num, last_batch_head, used_idx;
+};
+
+#define INFLIGHT_ALIGN 64u /* of the parts of a region */
+#define INFLIGHT_DESC_SPLIT 16u
+#define INFLIGHT_DESC_PACKED 32u
+
+uint32_t xv_inflight_size(uint32_t num, int packed)
+{
+	return ALIGN_UP(packed ? (uint32_t)sizeof(struct inflight_packed) + num * INFLIGHT_DESC_PACKED
+			       : (uint32_t)sizeof(struct inflight_split) + num * INFLIGHT_DESC_SPLIT,
+			INFLIGHT_ALIGN);
+}
+
+static int place_inflight(struct xv_vring *vr, const struct xv_vring_conf *conf)
+{
+	const struct xv_mem *region = (const struct xv_mem *)(uintptr_t)conf->inflight;
+	const uint32_t size = xv_inflight_size(conf->num, vr->packed);
+	struct inflight_split *split;
+	uint32_t got;
+	void *part;
+
+	if (!region)
+		return 0;
+	part = mem_at(region, conf->inflight_offset, size, &got);
+	if (!part || got < size || (uintptr_t)part % 8)
+		return -EINVAL;
+	if (vr->packed) {
+		vr->inflight = part;
+		return 0;
+	}
+	split = part;
+	if (split->version && (split->version != 1 || split->desc_num != conf->num))
+		return -EINVAL;
+	split->version = 1;
+	split->desc_num = (uint16_t)conf->num;
+	return 0;
+}
+
 int xv_vring_new(struct xv_mem *mem, const struct xv_vring_conf *conf, struct xv_vring **out)
 {
 	const uint64_t features = conf->features;
-	const uint32_t num = conf->num;
 	struct xv_vring *vr;
+	cursor start = 0;
 	int result;
 
-	if (num == 0 || num > XV_MAX_RING_SIZE || num & (num - 1) || conf->desc % 16 || conf->avail % 2 || conf->used % 4)
-		return -EINVAL;
-	result = check_pollable(conf->kick_fd);
-	if (result)
-		return result;
 	vr = aligned_alloc(64, ALIGN_UP(sizeof(*vr), 64));
 	if (!vr)
 		return -ENOMEM;
 	memset(vr, 0, sizeof(*vr));
 	vr->mem = mem;
 	vr->guest = mem->guest;
-	vr->num = num;
-	vr->mask = (uint16_t)(num - 1);
-	/* 16 bytes a descriptor; flags, idx, num entries and used_event; flags, idx, num elements and avail_event */
-	vr->desc = mem_at_user(mem, conf->desc, 16ull * num);
-	vr->avail = mem_at_user(mem, conf->avail, 6 + 2ull * num);
-	vr->used = mem_at_user(mem, conf->used, 6 + 8ull * num);
-	if (!vr->desc || !vr->avail || !vr->used || (uintptr_t)vr->desc % 8 || (uintptr_t)vr->avail % 2 ||
-	    (uintptr_t)vr->used % 4) {
+	vr->num = conf->num;
+	vr->mask = (uint16_t)(conf->num - 1);
+	vr->packed = features & 1ull << VIRTIO_F_RING_PACKED;
+	result = place(vr, mem, conf);
+	if (!result)
+		result = check_pollable(conf->kick_fd);
+	if (!result)
+		result = place_inflight(vr, conf);
+	if (!result && vr->packed)
+		result = packed_start(vr, conf->base, &start);
+	if (result) {
 		free(vr);
-		return -EFAULT;
+		return result;
 	}
+	if (!vr->packed)
+		start = split_start(vr);
 	vr->event_idx = features & 1ull << VIRTIO_RING_F_EVENT_IDX;
 	vr->indirect = features & 1ull << VIRTIO_RING_F_INDIRECT_DESC;
+	vr->in_order = features & 1ull << VIRTIO_F_IN_ORDER;
 	vr->mergeable = features & 1ull << VIRTIO_NET_F_MRG_RXBUF;
 	vr->csum = features & 1ull << VIRTIO_NET_F_CSUM;
 	vr->guest_csum = features & 1ull << VIRTIO_NET_F_GUEST_CSUM;
@@ -217,22 +346,19 @@ int xv_vring_new(struct xv_mem *mem, const struct xv_vring_conf *conf, struct xv
 	vr->guest_gso = net_gso_bits(features, false);
 	vr->header_len = (vr->mergeable || features & 1ull << VIRTIO_F_VERSION_1) ? sizeof(struct virtio_net_hdr_mrg_rxbuf)
 										 : sizeof(struct virtio_net_hdr);
+	if (features & 1ull << VHOST_F_LOG_ALL) {
+		vr->log = (const struct xv_mem *)(uintptr_t)conf->log;
+		vr->log_used = vr->log && conf->flags & XV_VRING_LOG_USED;
+	}
 	vr->call_fd = conf->call_fd;
 	vr->call_is_socket = is_socket(conf->call_fd);
 	vr->enabled = conf->enabled;
 	vr->call_asked = true; /* an interrupt may have been lost with whoever served the ring before */
 	vr->kick = (struct source){.fd = conf->kick_fd, .epfd = -1};
-	/*
-	 * Every buffer is used in the order it was made available and before the turn ends, so the used index that the
-	 * guest sees is where to go on, also after this process or the last one was killed. conf->base agrees with it,
-	 * unless the front-end lost it (DPDK's does, after a crash of the backend): then it would replay frames.
-	 */
-	vr->used_idx = load_once(&vr->used->idx);
-	vr->last_avail = vr->used_idx;
-	vr->signalled = vr->used_idx;
+	vr->next = vr->published = vr->signalled = start;
 	vring_disarm(vr);
-	if (vr->event_idx) /* as far from being passed as it can be; it comes into force when a worker arms the ring */
-		store_once(avail_event_of(vr), (uint16_t)(vr->last_avail - 1));
+	if (vr->event_idx && !vr->packed) /* as far from being passed as can be; in force when a worker arms the ring */
+		store_once(avail_event_of(vr), (uint16_t)(start - 1));
 	*out = vr;
 	return 0;
 }
@@ -244,7 +370,8 @@ void xv_vring_free(struct xv_vring *vr)
 
 uint32_t xv_vring_base(const struct xv_vring *vr)
 {
-	return vr->last_avail;
+	/* packed: the place of the next available descriptor and that of the next used one; split: the former */
+	return vr->packed ? (uint32_t)vr->next << 16 | vr->next : vr->next;
 }
 
 void xv_vring_set_call(struct xv_vring *vr, int call_fd)

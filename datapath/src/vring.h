@@ -1,10 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Split virtqueue, device side (virtio 1.2, 2.7).
+ * A virtqueue, device side: split or packed (virtio 1.2, 2.7 and 2.8).
  *
- * Two cursors and a mask: last_avail is the next avail entry to read, used_idx the next used entry to write. Both are
- * ours; the guest's copies are read once into a local, checked, and the local used. A chain that loops, leaves the
- * table or leaves the guest's memory faults the guest: nothing more is read from its rings.
+ * Every buffer is used in the order it was made available and before the turn ends. So one cursor is enough: `next` is
+ * the first buffer that has not been used yet, and what has been read but not used lies between it and a cursor in a
+ * local variable. vring_peek() reads buffers from a cursor on, vring_use() uses the one at `next`, and vring_publish()
+ * shows the guest all that were used since the last time.
+ *
+ * split.h and packed.h have what differs. Whoever is on the frame path calls the functions here with a constant
+ * `packed`, so that each burst function exists twice and decides once.
+ *
+ * The guest's memory is read once into a local, checked, and the local used. A chain that loops, leaves the table or
+ * leaves the guest's memory faults the guest: nothing more is read from its rings.
  */
 #ifndef XV_VRING_H
 #define XV_VRING_H
@@ -13,6 +20,7 @@
 #include <linux/virtio_ring.h>
 
 #include "guest.h"
+#include "log.h"
 #include "mem.h"
 #include "view.h"
 
@@ -24,36 +32,52 @@ struct source {
 	uint64_t *events;   /* counter of its notifications, or NULL */
 };
 
+/* A place in a ring. Split: the free-running index. Packed: the slot, and in bit 15 the wrap counter (2.8.1). */
+typedef uint16_t cursor;
+
 struct xv_vring {
 	/* fixed */
-	struct vring_desc *desc;
-	struct vring_avail *avail;
-	struct vring_used *used;
+	union {
+		struct vring_desc *desc;
+		struct vring_packed_desc *packed_desc;
+	};
+	union {
+		struct vring_avail *avail;
+		struct vring_packed_desc_event *driver; /* driver event suppression (2.8.10) */
+	};
+	union {
+		struct vring_used *used;
+		struct vring_packed_desc_event *device; /* device event suppression */
+	};
 	const struct xv_mem *mem;
+	const struct xv_mem *log; /* NULL: nobody asks which pages we write */
+	struct inflight_packed *inflight; /* packed rings: where a successor finds the cursor, or NULL */
 	struct xv_guest *guest;
 	struct guest_queue *queue; /* counters and lock; bound by xv_publish() */
 	uint32_t num, index;       /* index: of the vring in its device; bound by xv_publish() */
-	uint16_t mask;
+	uint16_t mask;             /* split */
 	uint8_t header_len;        /* of the virtio-net header: 10 or 12 bytes */
-	bool event_idx, indirect, mergeable, csum, guest_csum, call_is_socket;
+	bool packed, event_idx, indirect, in_order, mergeable, csum, guest_csum, call_is_socket, log_used;
 	uint32_t host_gso, guest_gso; /* GSO_BITs: what the guest may send, and what it takes */
 	/* set by control while it runs */
 	int call_fd;
 	bool armed; /* a worker waits for a kick */
 	bool enabled, call_asked; /* call_asked: interrupt the guest once, whatever the ring holds */
 	/* the worker's; receive rings: whoever holds the queue's lock */
-	uint16_t last_avail, used_idx, signalled;
+	cursor next, published, signalled;
+	uint16_t first_flags; /* packed: of the descriptor at `published`, written last of all that were used */
 	bool signalled_valid;
 	struct xv_vring *stalled_on; /* transmit rings: the receive ring whose buffers ran out, or NULL */
 	uint64_t patience, patience_at; /* transmit rings: cycles it may still wait for such a ring, and as of when */
 	struct source kick;
 };
 
-/* Index (avail ring, descriptor table) that a hostile guest may not trick us past. */
-static inline uint16_t ring_slot(const struct xv_vring *vr, uint16_t idx)
-{
-	return idx & vr->mask;
-}
+/* A buffer that the guest made available. */
+struct xv_buf {
+	uint16_t id;    /* split: the chain's first descriptor; packed: as the guest numbers its buffers */
+	uint16_t slots; /* packed: descriptors that it takes up in the ring */
+	cursor at;
+};
 
 static inline bool vring_usable(const struct xv_vring *vr)
 {
@@ -65,93 +89,91 @@ cold static void vring_fault(struct xv_vring *vr, enum xv_fault_code code, uint6
 	guest_fault(vr->guest, code, vr->index, detail);
 }
 
-/* Buffers the guest has made available and we have not read. 0 when it lies (and then it is faulted). */
-static inline uint32_t vring_avail(struct xv_vring *vr)
+/* Bytes of guest memory were written: for whoever migrates the guest. After the bytes, before they are published. */
+static inline void vring_wrote(const struct xv_vring *vr, const void *at, uint32_t len)
 {
-	/* acquire pairs with the driver's write barrier before it moves avail.idx (virtio 1.2, 2.7.13.3) */
-	uint16_t ready = (uint16_t)(load_acquire(&vr->avail->idx) - vr->last_avail);
+	if (unlikely(vr->log))
+		log_write(vr->log, vr->mem, at, len);
+}
 
-	if (unlikely(ready > vr->num)) {
-		vring_fault(vr, XV_FAULT_AVAIL_INDEX, ready);
-		return 0;
-	}
-	return ready;
+/* The same, of the ring's own parts, which the front-end may not ask for (VHOST_VRING_F_LOG). */
+static inline void vring_wrote_ring(const struct xv_vring *vr, const void *at, uint32_t len)
+{
+	if (unlikely(vr->log_used))
+		log_write(vr->log, vr->mem, at, len);
+}
+
+#include "packed.h"
+#include "split.h"
+
+/* Where the buffer after this one begins. */
+static inline cursor vring_after(const struct xv_vring *vr, bool packed, const struct xv_buf *buf)
+{
+	return packed ? packed_advance(vr, buf->at, buf->slots) : (cursor)(buf->at + 1);
+}
+
+/*
+ * Up to n buffers from `at` on, and private copies of their first descriptors (flags: NEXT, WRITE and INDIRECT only).
+ * Fewer when the guest has made fewer available, or when it lies: then it is faulted.
+ */
+static inline uint32_t vring_peek(struct xv_vring *vr, bool packed, cursor at, struct xv_buf *bufs, struct vring_desc *descs,
+				  uint32_t n)
+{
+	return packed ? packed_peek(vr, at, bufs, descs, n) : split_peek(vr, at, bufs, descs, n);
 }
 
 /* Whether there are buffers, asked by a worker that does not hold the queue's lock. */
 static inline bool vring_has_buffers(const struct xv_vring *vr)
 {
-	return load_acquire(&vr->avail->idx) != load_once(&vr->last_avail);
+	const cursor at = load_once(&vr->next);
+
+	return vr->packed ? packed_is_available(vr, at) : load_acquire(&vr->avail->idx) != at;
 }
 
-static inline uint16_t vring_head(const struct xv_vring *vr, uint16_t avail_idx)
+/* Use the buffer at `next`. Seen by the guest at the next vring_publish(). */
+static inline void vring_use(struct xv_vring *vr, bool packed, const struct xv_buf *buf, uint32_t written)
 {
-	return load_once(&vr->avail->ring[ring_slot(vr, avail_idx)]);
+	if (packed)
+		packed_use(vr, buf, written);
+	else
+		split_use(vr, buf, written);
 }
 
-/* A private copy. Indirect tables may lie at any address. */
-static inline struct vring_desc desc_read(const void *at)
+/* Make all used buffers visible, one at least; returns whether the guest wants to be interrupted for them. */
+static inline bool vring_publish(struct xv_vring *vr, bool packed)
 {
-	typedef uint64_t __attribute__((aligned(1), may_alias)) word;
-	const volatile word *words = at;
-	const uint64_t w[2] = {words[0], words[1]};
-	struct vring_desc desc;
+	const cursor old = vr->signalled, now = vr->next;
+	const bool first = !vr->signalled_valid;
 
-	memcpy(&desc, w, sizeof(desc));
-	return desc;
-}
-
-/* Record a used element. Seen by the guest at the next vring_publish(). */
-static inline void vring_use(struct xv_vring *vr, uint16_t head, uint32_t written)
-{
-	struct vring_used_elem *elem = &vr->used->ring[ring_slot(vr, vr->used_idx)];
-
-	elem->id = head;
-	elem->len = written;
-	vr->used_idx++;
-}
-
-/* Make all used elements visible; returns whether the guest wants to be interrupted for them. */
-static inline bool vring_publish(struct xv_vring *vr)
-{
-	uint16_t old = vr->signalled, now = vr->used_idx;
-	bool first = !vr->signalled_valid;
-
-	/* release pairs with the driver's read barrier after it read used.idx */
-	store_release(&vr->used->idx, now);
-	/* pairs with the driver's barrier between enabling interrupts and re-reading used.idx (virtio 1.2, 2.7.7.2) */
+	if (packed)
+		packed_publish(vr);
+	else
+		split_publish(vr);
+	/* pairs with the driver's barrier between enabling interrupts and looking for used buffers (2.7.7.2, 2.8.21.3) */
 	full_barrier();
-	if (vr->event_idx) {
-		uint16_t event = load_once(&vr->avail->ring[vr->num]);
-
-		vr->signalled = now;
-		vr->signalled_valid = true;
-		return first || (uint16_t)(now - event - 1) < (uint16_t)(now - old);
-	}
-	return !(load_once(&vr->avail->flags) & VRING_AVAIL_F_NO_INTERRUPT);
+	vr->signalled = now;
+	vr->signalled_valid = true;
+	return packed ? packed_wants_call(vr, old, now, first) : split_wants_call(vr, old, now, first);
 }
 
-static inline uint16_t *avail_event_of(const struct xv_vring *vr)
-{
-	return (uint16_t *)(void *)&vr->used->ring[vr->num];
-}
-
-/* Ask for a kick when the guest makes another buffer available. Then look at vring_avail() once more. */
+/* Ask for a kick when the guest makes another buffer available. Then look at vring_has_buffers() once more. */
 static inline void vring_arm(struct xv_vring *vr)
 {
 	store_once(&vr->armed, true);
-	if (vr->event_idx)
-		store_once(avail_event_of(vr), vr->last_avail);
+	if (vr->packed)
+		packed_arm(vr);
 	else
-		store_once(&vr->used->flags, (uint16_t)0);
+		split_arm(vr);
 }
 
-/* Kicks are not needed. With event_idx a stale avail_event says so by itself. */
+/* Kicks are not needed. */
 static inline void vring_disarm(struct xv_vring *vr)
 {
 	store_once(&vr->armed, false);
-	if (!vr->event_idx)
-		store_once(&vr->used->flags, (uint16_t)VRING_USED_F_NO_NOTIFY);
+	if (vr->packed)
+		packed_disarm(vr);
+	else
+		split_disarm(vr);
 }
 
 /* One direction of a chain's descriptors. */
@@ -165,13 +187,14 @@ enum chain_result {
 };
 
 /*
- * Walk the chain that starts at `head`, into at most `max` segments. Descriptors of the other direction end the walk:
+ * Walk a buffer's chain of descriptors, into at most `max` segments. Descriptors of the other direction end the walk:
  * CHAIN_WRONG_WAY, except that with `rest` set the walk may go on from readable to writable ones, which are counted in
  * `*rest` (the control virtqueue's shape). Zero-length descriptors are skipped. Every descriptor looked at, of whatever
  * kind, is paid for from `*budget`, so that no ring can keep a worker for longer than its owner allows: CHAIN_TOO_LONG.
  */
-enum chain_result vring_chain(struct xv_vring *vr, uint16_t head, enum chain_direction direction, struct xv_seg *segs,
-			      uint32_t max, uint32_t *nr, uint64_t *bytes, uint32_t *rest, uint32_t *budget);
+enum chain_result vring_chain(struct xv_vring *vr, const struct xv_buf *buf, enum chain_direction direction,
+			      struct xv_seg *segs, uint32_t max, uint32_t *nr, uint64_t *bytes, uint32_t *rest,
+			      uint32_t *budget);
 
 /* Interrupt the guest. `worker_calling` is where the watchdog looks for a guest whose descriptor blocks. */
 void vring_call(struct xv_vring *vr, uint64_t *calls, uint64_t *failed, const struct xv_vring **worker_calling);
