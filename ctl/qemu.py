@@ -62,7 +62,7 @@ def arguments(spec: GuestSpec, memory: str = "1G", version: Version = OLDEST) ->
     else:
         chardev += ",reconnect=1"
     netdev = f"vhost-user,id=net-{name},chardev=chr-{name}"
-    device = f"virtio-net-pci,netdev=net-{name},mac={format_mac(spec.mac)}"
+    device = f"virtio-net-pci,id=nic-{name},netdev=net-{name},mac={format_mac(spec.mac)}"
     if spec.queues > 1:
         netdev += f",queues={spec.queues}"
         device += f",mq=on,vectors={2 * spec.queues + 2}"

@@ -6,6 +6,13 @@ from collections.abc import Iterator
 import pytest
 
 from support.lab import Lab, spec
+from support.qemu import NoRelease, Release
+from support.qemu import release as qemu_release
+
+RELEASES = [
+    "installed",
+    pytest.param("newer", marks=pytest.mark.may_skip("only the installed QEMU is promised; setup says why not")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +29,12 @@ def quiet_lab() -> Iterator[Lab]:
     """Namespaces that send nothing by themselves, for exact counts; the test starts the daemon."""
     with Lab(quiet=True) as made:
         yield made
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def release(request: pytest.FixtureRequest) -> Release:
+    """Every QEMU that is here."""
+    try:
+        return qemu_release(request.param)
+    except NoRelease as reason:
+        pytest.skip(str(reason))

@@ -10,65 +10,69 @@ Two kinds of guest:
 - `QemuLinux`, Debian's cloud kernel with Debian's virtio_net, on the file system image of support/uml.py. It takes
   commands as a UmlGuest does, over its first serial line; the second is its console, in a log file. scripts/setup
   fetches the kernel's package and only unpacks it, to .cache/kernel.
+
+And two releases of QEMU: the one that is installed, and a newer one that scripts/setup unpacks to .cache/qemu.
 """
 
+import hashlib
 import json
 import lzma
+import os
 import re
 import shlex
 import signal
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from . import uml
 from .daemon import Daemon
-from .process import Process, wait_for
+from .process import Process, run, wait_for
+from .qmp import Qmp
 
 KERNEL = uml.CACHE / "kernel"
+NEWER = uml.CACHE / "qemu"
+PROGRAM = "qemu-system-x86_64"
 MODULES = ("virtio_pci", "virtio_net")  # IPv6 is built into this kernel
 TIMEOUT = 10.0
 
 
-class Qmp:
-    """QEMU's monitor: one JSON object a line."""
+@dataclass(frozen=True)
+class Release:
+    """A QEMU: the program, with the folders of its firmware, and its version."""
 
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            self._socket.settimeout(TIMEOUT)
-            self._socket.connect(str(path))
-            self._lines = self._socket.makefile("rb")
-            self.events: list[str] = []
-            self._object()  # the greeting
-            self.execute("qmp_capabilities")
-        except BaseException:
-            self._socket.close()
-            raise
+    argv: tuple[str, ...]
+    version: tuple[int, int]
 
-    def _object(self) -> dict[str, Any]:
-        line = self._lines.readline()
-        if not line:
-            raise AssertionError("QEMU closed its monitor")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+    @property
+    def kernel_options(self) -> tuple[str, ...]:
+        """Without KVM, 7.2 crashes when a guest switches MSI-X on for a vhost-user device: docs/vhost-user.md."""
+        return ("pci=nomsi",) if self.version < (8, 0) else ()
 
-    def execute(self, command: str, **arguments: object) -> Any:
-        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-        while True:
-            answer = self._object()
-            if "event" in answer:
-                self.events.append(answer["event"])
-            elif "error" in answer:
-                raise AssertionError(f"QEMU refuses {command}: {answer['error']}")
-            else:
-                return answer["return"]
 
-    def close(self) -> None:
-        self._lines.close()
-        self._socket.close()
+class NoRelease(Exception):
+    """There is no such QEMU here; the message says why."""
+
+
+@cache
+def release(which: str) -> Release:
+    """`installed`, or the `newer` one; NoRelease with the reason of scripts/setup."""
+    if which == "installed":
+        argv: tuple[str, ...] = (PROGRAM,)
+    else:
+        reason = NEWER / "reason"
+        if reason.exists():
+            raise NoRelease(reason.read_text().strip())
+        share = NEWER / "usr" / "share"
+        folders = (share / "seabios", share / "qemu", Path("/usr/lib/ipxe/qemu"))
+        argv = (str(NEWER / "usr" / "bin" / PROGRAM), *(word for path in folders for word in ("-L", str(path))))
+    match = re.search(r"version (\d+)\.(\d+)", run([argv[0], "--version"]).stdout)
+    assert match is not None, f"{argv[0]} says no version"
+    return Release(argv, (int(match[1]), int(match[2])))
 
 
 class Qemu:
@@ -80,6 +84,7 @@ class Qemu:
         name: str,
         *,
         directory: Path,
+        release: Release,
         machine: str = "q35",
         cpus: int = 1,
         extra: Sequence[str] = (),
@@ -88,7 +93,7 @@ class Qemu:
         self.name = name
         self.monitor = directory / f"{name}.qmp"
         self.monitor.unlink(missing_ok=True)
-        argv = ["qemu-system-x86_64", "-accel", "tcg", "-machine", machine, "-smp", str(cpus), "-display", "none"]
+        argv = [*release.argv, "-accel", "tcg", "-machine", machine, "-smp", str(cpus), "-display", "none"]
         argv += ["-nodefaults", "-qmp", f"unix:{self.monitor},server=on,wait=off", *extra]
         self.script = directory / f"{name}.sh"
         self.script.write_text(f"exec {shlex.join(argv)} \\\n{arguments}")
@@ -106,8 +111,33 @@ class Qemu:
                 return self.monitor.exists()
 
             wait_for(listening, TIMEOUT, f"the monitor of {self.process.name}")
-            self._qmp = Qmp(self.monitor)
+            self._qmp = Qmp(self.monitor, self.process.name)
         return self._qmp
+
+    def plug(self, arguments: Sequence[str], bus: str) -> None:
+        """Does by the monitor what the network's part of `qemu-args --json` does at start; the device goes to `bus`."""
+        chardev = _properties(arguments, "-chardev")
+        data: dict[str, object] = {"addr": {"type": "unix", "data": {"path": chardev["path"]}}}
+        data["server"] = chardev.get("server") == "on"
+        if data["server"]:
+            data["wait"] = False
+        data |= {key: int(chardev[key]) for key in ("reconnect", "reconnect-ms") if key in chardev}
+        backend = {"type": "socket", "data": data}
+        netdev = _properties(arguments, "-netdev")
+        device = _properties(arguments, "-device")
+        self.qmp.execute("chardev-add", {"id": chardev["id"], "backend": backend})
+        self.qmp.execute("netdev_add", _typed(netdev, "type"))
+        self.qmp.execute("device_add", {**_typed(device, "driver"), "bus": bus})
+
+    def unplug(self, arguments: Sequence[str]) -> None:
+        """Asks the guest to give the device up, waits until it has, and takes away what is behind it.
+
+        A vhost-user netdev takes its chardev along.
+        """
+        device = _properties(arguments, "-device")["id"]
+        self.qmp.execute("device_del", {"id": device})
+        self.qmp.wait_event("DEVICE_DELETED", device=device)
+        self.qmp.execute("netdev_del", {"id": _properties(arguments, "-netdev")["id"]})
 
     def kill(self) -> None:
         """kill -9: QEMU says goodbye to nobody."""
@@ -127,16 +157,39 @@ class Qemu:
         self.close()
 
 
-def qemu_args(daemon: Daemon, name: str) -> str:
+def _properties(arguments: Sequence[str], option: str) -> dict[str, str]:
+    """`type,key=value,…` of an option; the type has the key "" here."""
+    value = arguments[arguments.index(option) + 1]
+    first, *rest = value.split(",")
+    return {"": first} | dict(item.split("=", 1) for item in rest)
+
+
+def _typed(properties: dict[str, str], first: str) -> dict[str, object]:
+    """As QMP has them: numbers and booleans, and the type under the key `first`."""
+    words: dict[str, object] = {"on": True, "off": False}
+    return {key or first: words.get(v, int(v) if v.isdigit() else v) for key, v in properties.items()}
+
+
+def _command(name: str, release: Release, options: Sequence[str]) -> list[str]:
+    return ["qemu-args", name, "--qemu-version", f"{release.version[0]}.{release.version[1]}", *options]
+
+
+def qemu_args(daemon: Daemon, name: str, release: Release, *options: str) -> str:
     """What a user sees."""
-    return daemon.cli("qemu-args", name)
+    return daemon.cli(*_command(name, release, options))
 
 
-def _kernel() -> Path:
-    kernel = KERNEL / "vmlinuz"
-    if not kernel.exists():
-        raise uml.GuestError(f"{kernel} is missing: run scripts/setup")
-    return kernel
+def qemu_words(daemon: Daemon, name: str, release: Release, *options: str) -> list[str]:
+    """The same as a list."""
+    words: list[str] = json.loads(daemon.cli(*_command(name, release, ["--json", *options])))
+    return words
+
+
+def kernel() -> Path:
+    image = KERNEL / "vmlinuz"
+    if not image.exists():
+        raise uml.GuestError(f"{image} is missing: run scripts/setup")
+    return image
 
 
 def _modules() -> dict[str, bytes]:
@@ -164,27 +217,51 @@ def _modules() -> dict[str, bytes]:
     return ordered
 
 
-def initramfs(directory: Path) -> Path:
+def initramfs() -> Path:
     """User-Mode Linux's image, and behind it an archive with this kernel's modules, which replaces the others'."""
-    image = directory / "qemu.cpio"
+    base = uml.initramfs()
+    key = f"{base.name} {kernel().stat().st_mtime_ns} {MODULES}"
+    image = base.with_name(f"qemu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.cpio")
     if not image.exists():
         cpio = uml._Cpio()
         modules = _modules()
         for name, body in modules.items():
             cpio.file(f"modules/{name}.ko", body, 0o644)
         cpio.file("modules/order", "\n".join(f"{name}.ko" for name in modules).encode(), 0o644)
-        image.write_bytes(uml.initramfs().read_bytes() + cpio.finish())
+        for old in uml.CACHE.glob("qemu-*.cpio"):
+            old.unlink(missing_ok=True)
+        temporary = image.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(base.read_bytes() + cpio.finish())
+        temporary.rename(image)
     return image
 
 
 class QemuLinux(uml.UmlGuest):
-    """A Linux guest in QEMU; `with QemuLinux(qemu_args(daemon, "vm1"), "vm1", directory=d) as g: g.run("ip addr")`."""
+    """A Linux guest in QEMU; `with QemuLinux(qemu_args(daemon, "vm1", r), "vm1", release=r, …) as g: g.run("ip addr")`.
 
-    def __init__(self, arguments: str, name: str, *, directory: Path, machine: str = "q35", cpus: int = 1) -> None:
-        super().__init__(Path("its virtio-net device"), name, directory=directory)
+    Without network arguments it has no eth0, and ready() does not look for one. `identity` tells machines apart that
+    are one guest, before and after its migration.
+    """
+
+    def __init__(
+        self,
+        arguments: str,
+        name: str,
+        *,
+        directory: Path,
+        release: Release,
+        machine: str = "q35",
+        cpus: int = 1,
+        extra: Sequence[str] = (),
+        identity: str = "",
+    ) -> None:
+        super().__init__(Path("its virtio-net device") if "-netdev" in arguments else None, name, directory=directory)
         self.arguments = arguments
+        self.release = release
         self.machine = machine
         self.cpus = cpus
+        self.extra = tuple(extra)
+        self.identity = identity or name
         self._qemu: Qemu | None = None
 
     @property
@@ -194,23 +271,23 @@ class QemuLinux(uml.UmlGuest):
 
     @property
     def console_log(self) -> Path:
-        return self.directory / f"{self.name}-console.log"
+        return self.directory / f"{self.identity}-console.log"
 
     def begin(self) -> None:
-        kernel, image = _kernel(), initramfs(self.directory)
         here, there = socket.socketpair()
         self._channel = here
         self._received = b""
-        extra = ["-kernel", str(kernel), "-initrd", str(image)]
-        # Without KVM, QEMU 7.2 crashes when a guest switches MSI-X on for a vhost-user device: docs/vhost-user.md.
-        extra += ["-append", f"console=ttyS1 loglevel=5 mitigations=off pci=nomsi guest={self.name}"]
+        extra = ["-kernel", str(kernel()), "-initrd", str(initramfs())]
+        append = ["console=ttyS1", "loglevel=5", "mitigations=off", *self.release.kernel_options, f"guest={self.name}"]
+        extra += ["-append", " ".join(append)]
         extra += ["-chardev", f"socket,id=commands,fd={there.fileno()}", "-serial", "chardev:commands"]
-        extra += ["-serial", f"file:{self.console_log}"]
+        extra += ["-serial", f"file:{self.console_log}", *self.extra]
         with there:
             self._qemu = Qemu(
                 self.arguments,
-                self.name,
+                self.identity,
                 directory=self.directory,
+                release=self.release,
                 machine=self.machine,
                 cpus=self.cpus,
                 extra=extra,
