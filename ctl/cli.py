@@ -282,26 +282,75 @@ def features(iface: str, as_json: bool) -> None:
     view.console().print(view.table(f"features of {iface}", ("feature", "supported", "detail", "remedy"), rows))
 
 
+def _device_options(command: F) -> F:
+    """What `qemu-args` and `libvirt-xml` let choose about the device; qemu.Device."""
+    size = click.option(
+        "--queue-size",
+        type=click.Choice([str(size) for size in config.QUEUE_SIZES]),
+        help="Entries of each virtqueue. [default: QEMU's own, 256]",
+    )
+    packed = click.option("--packed", is_flag=True, help="Offer the guest packed virtqueues.")
+    return size(packed(command))
+
+
 @main.command("qemu-args")
 @click.argument("guest")
 @run_dir_option
 @json_option
 @click.option("--memory", default="1G", show_default=True, help="Size of the guest's memory.")
 @click.option("--qemu-version", help="For which QEMU, like 10.0. [default: the one installed here]")
-def qemu_args(guest: str, run_dir: Path, as_json: bool, memory: str, qemu_version: str | None) -> None:
+@_device_options
+def qemu_args(
+    guest: str,
+    run_dir: Path,
+    as_json: bool,
+    memory: str,
+    qemu_version: str | None,
+    queue_size: str | None,
+    packed: bool,
+) -> None:
     """Print the QEMU arguments that attach a virtual machine to GUEST.
 
     GUEST is a guest of the running daemon, or a whole SPEC, which needs no daemon.
     """
     from . import qemu
 
-    spec = guest if "=" in guest else _spec_of(guest, run_dir)
     version = qemu.parse_version(qemu_version) if qemu_version else qemu.installed_version()
-    args = qemu.arguments(config.parse_guest(spec, run_dir), qemu.check_memory(memory), version)
+    device = qemu.Device(int(queue_size) if queue_size else None, packed)
+    args = qemu.arguments(_parsed(guest, run_dir), qemu.check_memory(memory), version, device)
     if as_json:
         _print_json(args)
     else:
         click.echo(qemu.shell(args))
+
+
+@main.command("libvirt-xml")
+@click.argument("guest")
+@run_dir_option
+@json_option
+@click.option("--interface", "only_interface", is_flag=True, help="Only <interface>, for `virsh attach-device`.")
+@_device_options
+def libvirt_xml(
+    guest: str, run_dir: Path, as_json: bool, only_interface: bool, queue_size: str | None, packed: bool
+) -> None:
+    """Print the elements of a libvirt domain that attach it to GUEST.
+
+    <memoryBacking> belongs into <domain>, <interface> into its <devices>. GUEST is a guest of the running daemon, or a
+    whole SPEC, which needs no daemon.
+    """
+    from . import libvirt, qemu
+
+    device = qemu.Device(int(queue_size) if queue_size else None, packed)
+    elements = {} if only_interface else {"memoryBacking": libvirt.memory_backing()}
+    elements["interface"] = libvirt.interface(_parsed(guest, run_dir), device)
+    if as_json:
+        _print_json(elements)
+    else:
+        click.echo("\n".join(elements.values()))
+
+
+def _parsed(guest: str, run_dir: Path) -> config.GuestSpec:
+    return config.parse_guest(guest if "=" in guest else _spec_of(guest, run_dir), run_dir)
 
 
 def _spec_of(name: str, run_dir: Path) -> str:

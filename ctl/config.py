@@ -28,6 +28,7 @@ DEFAULT_RUN_DIR = Path("/run/xdpvhost")
 DEFAULT_METRICS = "127.0.0.1:9477"
 MAX_GUESTS = 512
 MAX_PAIRS = 128
+QUEUE_SIZES = (256, 512, 1024)  # what QEMU takes for a receive queue; 256 is its default
 MAX_WORKERS = 64
 MAX_SOCKET_PATH = 107  # sizeof(sun_path) is 108 with the terminating NUL: unix(7)
 API_SOCKET = "api.sock"

@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import dataclass
 
 from .config import GuestSpec, format_mac
 from .errors import ConfigError
@@ -21,6 +22,17 @@ Version = tuple[int, int]
 
 QEMU = "qemu-system-x86_64"
 OLDEST: Version = (7, 2)  # Debian 12: what is assumed where none is installed
+
+
+@dataclass(frozen=True)
+class Device:
+    """What may be chosen for the virtio-net device: entries of each virtqueue (None: QEMU's own), packed virtqueues."""
+
+    queue_size: int | None = None
+    packed: bool = False
+
+
+DEFAULT_DEVICE = Device()
 
 
 def parse_version(text: str) -> Version:
@@ -51,7 +63,9 @@ def check_memory(size: str) -> str:
     return size
 
 
-def arguments(spec: GuestSpec, memory: str = "1G", version: Version = OLDEST) -> list[str]:
+def arguments(
+    spec: GuestSpec, memory: str = "1G", version: Version = OLDEST, device: Device = DEFAULT_DEVICE
+) -> list[str]:
     """argv fragments, option and value in turn; machine, CPU and disk are the user's to add."""
     name = spec.name
     chardev = f"socket,id=chr-{name},path={spec.socket}"  # config refuses commas in paths
@@ -62,10 +76,14 @@ def arguments(spec: GuestSpec, memory: str = "1G", version: Version = OLDEST) ->
     else:
         chardev += ",reconnect=1"
     netdev = f"vhost-user,id=net-{name},chardev=chr-{name}"
-    device = f"virtio-net-pci,id=nic-{name},netdev=net-{name},mac={format_mac(spec.mac)}"
+    nic = f"virtio-net-pci,id=nic-{name},netdev=net-{name},mac={format_mac(spec.mac)}"
     if spec.queues > 1:
         netdev += f",queues={spec.queues}"
-        device += f",mq=on,vectors={2 * spec.queues + 2}"
+        nic += f",mq=on,vectors={2 * spec.queues + 2}"
+    if device.queue_size:
+        nic += f",rx_queue_size={device.queue_size},tx_queue_size={device.queue_size}"
+    if device.packed:
+        nic += ",packed=on"
     return [
         "-m",
         memory,
@@ -78,7 +96,7 @@ def arguments(spec: GuestSpec, memory: str = "1G", version: Version = OLDEST) ->
         "-netdev",
         netdev,
         "-device",
-        device,
+        nic,
     ]
 
 

@@ -134,7 +134,8 @@ Fake = tuple[Path, list[tuple[str, Any]]]
 
 def test_help_is_golden() -> None:
     texts = []
-    for path in ([], ["up"], ["guest"], ["guest", "add"], ["trace", "drops"], ["stats"], ["qemu-args"], ["clean"]):
+    commands = (["guest", "add"], ["trace", "drops"], ["stats"], ["qemu-args"], ["libvirt-xml"], ["clean"])
+    for path in ([], ["up"], ["guest"], *commands):
         result = CliRunner().invoke(cli.main, [*path, "--help"], prog_name="xdpvhost", terminal_width=100)
         assert result.exit_code == 0
         texts.append(result.stdout)
@@ -154,6 +155,7 @@ def test_version() -> None:
         ["guest", "add", "name=vm1,mac=52:54:00:00:00:01"],
         ["guest", "rm", "vm1"],
         ["qemu-args", "vm1"],
+        ["libvirt-xml", "vm1"],
         ["down"],
         ["status", "--json"],
         ["stats", "--watch"],
@@ -353,7 +355,7 @@ def test_guest_list(fake: Fake) -> None:
 
 def test_qemu_args_of_a_running_guest(fake: Fake) -> None:
     args = json.loads(run("qemu-args", "vm2", "--run-dir", fake[0], "--json", "--qemu-version", "10.0").stdout)
-    assert args[-1] == "virtio-net-pci,netdev=net-vm2,mac=52:54:00:00:00:02,mq=on,vectors=6"
+    assert args[-1] == "virtio-net-pci,id=nic-vm2,netdev=net-vm2,mac=52:54:00:00:00:02,mq=on,vectors=6"
     result = run("qemu-args", "vm9", "--run-dir", fake[0])
     assert result.exit_code == 2
     assert "guest 'vm9' does not exist; guests here: vm1, vm2" in result.stderr
@@ -363,6 +365,25 @@ def test_qemu_args_of_a_spec_need_no_daemon(tmp_path: Path) -> None:
     result = run("qemu-args", "name=vm1,mac=52:54:00:00:00:01", "--qemu-version", "7.2", "--memory", "2G")
     assert result.exit_code == 0
     assert result.stdout.startswith("-m 2G \\\n-object memory-backend-memfd,id=mem-vm1,size=2G,share=on \\\n")
+
+
+def test_libvirt_xml_of_a_running_guest(fake: Fake) -> None:
+    facts = json.loads(run("libvirt-xml", "vm2", "--run-dir", fake[0], "--json").stdout)
+    assert set(facts) == {"memoryBacking", "interface"}
+    assert run("libvirt-xml", "vm2", "--run-dir", fake[0]).stdout == "\n".join([*facts.values(), ""])
+    assert run("libvirt-xml", "vm2", "--interface", "--run-dir", fake[0]).stdout == facts["interface"] + "\n"
+
+
+def test_device_options_are_the_same_for_both() -> None:
+    spec = "name=vm1,mac=52:54:00:00:00:01"
+    for command, texts in (
+        ("qemu-args", ("rx_queue_size=512,tx_queue_size=512", "packed=on")),
+        ("libvirt-xml", ('rx_queue_size="512" tx_queue_size="512" packed="on"',)),
+    ):
+        result = run(command, spec, "--queue-size", "512", "--packed")
+        assert result.exit_code == 0
+        assert all(text in result.stdout for text in texts)
+        assert run(command, spec, "--queue-size", "300").exit_code == 2
 
 
 # ---- the end
