@@ -282,6 +282,7 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "xv_vring_base": (c_uint32, (c_void_p,)),
     "xv_inflight_size": (c_uint32, (c_uint32, c_int32)),
     "xv_vring_set_call": (None, (c_void_p, c_int32)),
+    "xv_vring_follow": (None, (c_void_p, c_void_p)),
     "xv_vring_set_enabled": (None, (c_void_p, c_int32)),
     "xv_nicq_new": (c_int32, (POINTER(NicqConf), POINTER(c_void_p))),
     "xv_nicq_free": (None, (c_void_p,)),
@@ -395,6 +396,10 @@ class Vring(_Native):
     def base(self) -> int:
         """Where to go on, as GET_VRING_BASE answers it: an avail index, or the two places of a packed ring."""
         return int(library().xv_vring_base(self.handle))
+
+    def follow(self, old: Vring) -> None:
+        """Be published in the place of `old`, and go on where it is then; not before, and with no frame in between."""
+        library().xv_vring_follow(self.handle, old.handle)
 
     def set_call(self, fd: int) -> None:
         """Interrupt the guest through `fd` (-1: not at all), and once at once; quiesce() before closing the old one."""

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-F_PACKED = 1 << 34
-F_MTU, F_MAC, F_STATUS, F_MQ, F_PROTOCOL_FEATURES = (1 << bit for bit in (3, 5, 16, 22, 30))
+F_MTU, F_MAC, F_STATUS, F_MQ, F_LOG_ALL, F_PROTOCOL_FEATURES = (1 << bit for bit in (3, 5, 16, 22, 26, 30))
 
 
 class GuestEntry:
@@ -49,6 +48,7 @@ class GuestEntry:
         self.sessions = 0
         self.protocol_errors: Counter[str] = Counter({str(violation): 0 for violation in Violation})
         self.protocol_errors["datapath"] = 0
+        self.messages: Counter[tuple[str, str]] = Counter()
         self.features = 0
         self.rings: Mapping[int, Vring] = {}
         self.ctrl: int | None = None
@@ -77,12 +77,17 @@ class GuestEntry:
 
     @property
     def device_features(self) -> int:
-        offered = datapath.features() | F_MTU | F_MAC | F_STATUS | F_PROTOCOL_FEATURES
-        offered &= ~F_PACKED  # ctl/vhost does not take the bases and sizes of packed rings yet
+        offered = datapath.features() | F_MTU | F_MAC | F_STATUS | F_LOG_ALL | F_PROTOCOL_FEATURES
         return offered if self.max_pairs > 1 else offered & ~F_MQ
 
     def memory(self, regions: Sequence[Region]) -> Memory:
         return self._switch.dp.memory(self.port, regions)
+
+    def shared(self, address: int, size: int) -> Memory:
+        return self._switch.dp.shared(self.port, address, size)
+
+    def inflight_size(self, num: int, packed: bool) -> int:
+        return datapath.inflight_size(num, packed)
 
     def vring(self, mem: Memory, **ring: Any) -> Vring:
         return self._switch.dp.vring(mem, **ring)
@@ -99,6 +104,16 @@ class GuestEntry:
     def quiesce(self) -> None:
         self._switch.dp.quiesce()
 
+    def save_state(self) -> bytes:
+        return b""
+
+    def load_state(self, state: bytes) -> None:
+        pass
+
+    def reset_state(self) -> None:
+        if not self.port.fault.code:
+            self.port.reset()
+
     def announce(self, mac: bytes) -> None:
         self.port.announce(mac)
 
@@ -108,6 +123,9 @@ class GuestEntry:
             self.sessions += 1
             self.port.reset()
             self._fault_seen = False
+
+    def message(self, request: str, result: str) -> None:
+        self.messages[request, result] += 1
 
     def protocol_error(self, error: ProtocolError) -> None:
         self.protocol_errors[str(error.violation)] += 1

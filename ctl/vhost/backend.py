@@ -5,16 +5,14 @@ Theory of operation
 ===================
 A session is: messages in, state changed, the data plane told, reply out; one message at a time. `TABLE` maps every
 request that is served to one small handler, with its payload, its descriptors and the protocol feature that gates it.
-A request that is not in the table is in `UNSUPPORTED` with the reason, and docs/vhost-user.md is generated from both.
+A request that is not in the table is in offered.py with the reason, and docs/vhost-user.md is generated from both.
 
-Rings, their states and how they enter and leave the data plane are in rings.py; a handler here says what changes,
-between `Rings.detach` and `Rings.attach`.
+Rings, their states and how they enter and leave the data plane are in rings.py; a handler here says what changes, then
+`Rings.renew`, or between `Rings.detach` and `Rings.attach`. Guest memory is in guestmem.py.
 
-Who owns what: the session owns the mappings, the `Memory`, the `Vring`s and every descriptor it was sent, and `close`
-gives all of it back: the rings leave the data plane first, then they, the memory and its mappings go.
-
-Not here yet: dirty-page log (SET_LOG_BASE, F_LOG_ALL) and in-flight buffers. They are new entries of `TABLE`, new bits
-in `OFFERED` and new arguments of `DevicePort.vring`; the log flag and address of a ring are already kept.
+Who owns what: the session owns the mappings, the `Memory`, log, in-flight region, the `Vring`s and every descriptor it
+was sent, and `close` gives all of it back: the rings leave the data plane first, then they, the memory and its mappings
+go.
 """
 
 from __future__ import annotations
@@ -24,27 +22,34 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from ..errors import DatapathError
 from .connection import Connection, Message
 from .errors import ProtocolError, RequestRefused, Violation
 from .fds import Fd, FdBag, close_fd, notification_fd
-from .memory import MappedRegion, check_table, map_region, map_table, unmap
+from .guestmem import GuestMemory
+from .offered import OFFERED
 from .port import DevicePort
 from .rings import Rings
+from .shared import DirtyLog, InflightRegion, SealedFile, check_inflight
+from .state import Transfer
 from .wire import (
     F_PROTOCOL_FEATURES,
     MAX_CONFIG,
     MAX_MEM_SLOTS,
     MAX_RING_SIZE,
+    RING_NO_FD,
     U64,
+    VIRTIO_F_RING_PACKED,
     BackendRequest,
     Config,
+    DeviceState,
     Empty,
-    MemRegion,
+    Inflight,
+    Log,
     MemTable,
     Payload,
     ProtocolFeature,
@@ -61,21 +66,20 @@ from .wire import (
 
 log = logging.getLogger(__name__)
 
-OFFERED = (
-    ProtocolFeature.MQ
-    | ProtocolFeature.RARP
-    | ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.MTU
-    | ProtocolFeature.BACKEND_REQ
-    | ProtocolFeature.CONFIG
-    | ProtocolFeature.BACKEND_SEND_FD
-    | ProtocolFeature.RESET_DEVICE
-    | ProtocolFeature.CONFIGURE_MEM_SLOTS
-    | ProtocolFeature.STATUS
-)
 MIN_MTU = 68
 ACK_OK = U64(0).pack()
 ACK_FAILED = U64(1).pack()
+TRANSFER_FAILED = 1
+OTHER = "other"  # requests that are not served, for the counters
+OK, REFUSED, ERROR = RESULTS = ("ok", "refused", "error")  # of a request, for the counters
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A reply's payload, and a descriptor that goes with it. Who sends it closes `fd`."""
+
+    payload: bytes
+    fd: Fd | None = None
 
 
 class VhostUserDevice:
@@ -89,10 +93,9 @@ class VhostUserDevice:
         self._status = 0
         self._mtu = port.mtu
         self._rings = Rings(port)
-        self._regions: list[MappedRegion] = []
-        self._repeats: dict[MemRegion, int] = {}  # how often each of them was added again
-        self._owed: dict[tuple[int, int, int], int] = {}  # how often a removed one, by its place, is removed again
+        self._memory = GuestMemory(port, self._rings)
         self._backend_channel: Fd | None = None
+        self._transfer: Transfer | None = None
         self._closed = False
 
     async def serve(self) -> None:
@@ -109,7 +112,10 @@ class VhostUserDevice:
                 finally:
                     received.fds.close()
                 if answer is not None:
-                    await self._connection.send(reply(received.header.request, answer))
+                    try:
+                        await self._connection.send(reply(received.header.request, answer.payload), answer.fd)
+                    finally:
+                        close_fd(answer.fd)
                 await asyncio.sleep(0)
         finally:
             self.close()
@@ -126,9 +132,10 @@ class VhostUserDevice:
             raise
         for ring in self._rings:
             ring.close()
-        if self._rings.memory is not None:
-            self._rings.memory.close()
-        unmap(self._regions)
+        self._memory.close()
+        for area in (self._rings.log, self._rings.inflight, self._transfer):
+            if area is not None:
+                area.close()
         close_fd(self._backend_channel)
 
     def config_changed(self) -> None:
@@ -143,7 +150,7 @@ class VhostUserDevice:
             "features": self._rings.features,
             "protocol_features": int(self._protocol_features),
             "status": self._status,
-            "regions": len(self._regions),
+            "regions": len(self._memory),
             "rings_started": sum(ring.started for ring in self._rings),
             "rings_running": sum(ring.vring is not None for ring in self._rings),
             "rings_enabled": sum(ring.enabled for ring in self._rings),
@@ -157,30 +164,40 @@ class VhostUserDevice:
         own_reply = entry is not None and entry.replies
         return received.header.need_reply and not own_reply and ProtocolFeature.REPLY_ACK in self._protocol_features
 
-    def _dispatch(self, received: Message) -> bytes | None:
-        """Checks and serves one message; the reply's payload, or None. Raises ProtocolError."""
+    def _dispatch(self, received: Message) -> Answer | None:
+        """Checks and serves one message, and counts it; the reply, or None. Raises ProtocolError."""
+        number = received.header.request
+        name = Request(number).name if number in TABLE else OTHER
+        try:
+            answer = self._serve(received)
+        except RequestRefused as refused:
+            self._port.message(name, REFUSED)
+            log.warning("guest %r: %s: %s", self._port.name, request_name(number), refused)
+            return Answer(ACK_FAILED) if self._wants_ack(received) else None
+        except ProtocolError as error:
+            self._port.message(name, ERROR)
+            raise ProtocolError(error.violation, f"{request_name(number)}: {error}") from error
+        except Exception:
+            self._port.message(name, ERROR)
+            raise
+        self._port.message(name, OK)
+        if answer is None and self._wants_ack(received):
+            return Answer(ACK_OK)
+        return answer
+
+    def _serve(self, received: Message) -> Answer | None:
         number = received.header.request
         entry = TABLE.get(number)
         if entry is None or (entry.needs and entry.needs not in OFFERED):
-            raise ProtocolError(Violation.REQUEST, f"{request_name(number)} is not a request that xdpvhost offers")
-        try:
-            payload = entry.payload.parse(received.payload)
-            expected = payload.fds
-            few, many = entry.fds if expected is None else (expected, expected)
-            if not few <= len(received.fds) <= many:
-                belong = f"{few}" if few == many else f"{few} to {many}"
-                raise ProtocolError(
-                    Violation.FDS, f"{len(received.fds)} descriptors came with it, {belong} would be right"
-                )
-            answer = entry.handler(self, payload, received.fds)
-        except RequestRefused as refused:
-            log.warning("guest %r: %s: %s", self._port.name, request_name(number), refused)
-            return ACK_FAILED if self._wants_ack(received) else None
-        except ProtocolError as error:
-            raise ProtocolError(error.violation, f"{request_name(number)}: {error}") from error
-        if answer is None and self._wants_ack(received):
-            return ACK_OK
-        return answer
+            raise ProtocolError(Violation.REQUEST, "it is not a request that xdpvhost offers")
+        payload = entry.payload.parse(received.payload)
+        expected = payload.fds
+        few, many = entry.fds if expected is None else (expected, expected)
+        if not few <= len(received.fds) <= many:
+            belong = f"{few}" if few == many else f"{few} to {many}"
+            raise ProtocolError(Violation.FDS, f"{len(received.fds)} descriptors came with it, {belong} would be right")
+        answer = entry.handler(self, payload, received.fds)
+        return Answer(answer) if isinstance(answer, bytes) else answer
 
     # ---- handlers: session and features ----
 
@@ -192,12 +209,16 @@ class VhostUserDevice:
             raise ProtocolError(Violation.VALUE, f"features {extra:#x} were not offered")
         if self._features_set and payload.value == self._rings.features:
             return
-        self._rings.detach(self._rings)
+        if (payload.value ^ self._rings.features) & VIRTIO_F_RING_PACKED:
+            self._rings.detach(self._rings)
+            if self._features_set:  # places in a ring of the other kind mean nothing; before, they are of this kind
+                for ring in self._rings:
+                    ring.base = None
         self._rings.features, self._features_set = payload.value, True
         if not payload.value & F_PROTOCOL_FEATURES:
             for ring in self._rings:
                 ring.enabled = True
-        self._rings.attach()
+        self._rings.renew(self._rings)
 
     def _get_protocol_features(self, _payload: Empty, _fds: FdBag) -> bytes:
         return U64(OFFERED).pack()
@@ -230,84 +251,41 @@ class VhostUserDevice:
         self._status = payload.value
         if self._status == 0:
             self._rings.stop(self._rings)
+            self._port.reset_state()
 
     def _reset_device(self, _payload: Empty, _fds: FdBag) -> None:
-        """Memory and call descriptors stay: QEMU sends only memory changes, and its call descriptors just once."""
+        """Memory, log and call descriptors stay: QEMU sends only memory changes, and its call descriptors just once."""
         self._rings.stop(self._rings)
         for ring in self._rings:
-            ring.num, ring.base, ring.addr, ring.enabled = 0, 0, None, False
+            ring.num, ring.base, ring.addr, ring.enabled = 0, None, None, False
+        if self._rings.inflight is not None:
+            self._rings.inflight.close()
+            self._rings.inflight = None
         self._rings.features, self._features_set, self._status = 0, False, 0
         self._mtu = self._port.mtu
+        self._port.reset_state()
 
     # ---- handlers: memory ----
 
-    def _replace_memory(self, regions: list[MappedRegion], dropped: Sequence[MappedRegion], incomplete: bool) -> None:
-        """Moves all rings to a new table; `dropped` is unmapped when nothing uses it any more."""
-        old_memory = self._rings.memory
-        try:
-            self._rings.detach(self._rings)
-        except DatapathError:
-            unmap([mapped for mapped in regions if mapped not in self._regions])
-            raise
-        self._regions, self._rings.memory = regions, None
-        if old_memory is not None:
-            old_memory.close()
-        unmap(dropped)
-        if regions:
-            try:
-                self._rings.memory = self._port.memory([region.for_datapath for region in regions])
-            except DatapathError as error:
-                raise ProtocolError(Violation.MEMORY, f"memory table cannot be used: {error}") from error
-            self._rings.attach(memory_incomplete=incomplete)
-
     def _set_mem_table(self, payload: MemTable, fds: FdBag) -> None:
-        regions = map_table(payload.regions, fds.take_all())
-        self._repeats.clear()
-        self._owed.clear()
-        self._replace_memory(regions, self._regions, incomplete=False)
+        self._memory.set_table(payload.regions, fds.take_all())
 
     def _get_max_mem_slots(self, _payload: Empty, _fds: FdBag) -> bytes:
         return U64(MAX_MEM_SLOTS).pack()
 
-    # QEMU before 8.0 sends these two once for every queue pair. All pairs have the same memory: the first counts.
-
     def _add_mem_reg(self, payload: SingleRegion, fds: FdBag) -> None:
-        region, fd = payload.region, fds.take()
-        try:
-            repeats = self._repeats.get(region, 0)
-            if repeats < self._port.max_pairs - 1 and any(mapped.is_again(region, fd) for mapped in self._regions):
-                self._repeats[region] = repeats + 1
-                return
-            check_table([*(mapped.region for mapped in self._regions), region])
-            added = map_region(region, fd)
-        finally:
-            fd.close()
-        self._owed.pop(region.place, None)
-        self._replace_memory([*self._regions, added], (), incomplete=True)
+        self._memory.add(payload.region, fds.take())
 
     def _rem_mem_reg(self, payload: SingleRegion, _fds: FdBag) -> None:
-        place = payload.region.place
-        gone = [mapped for mapped in self._regions if mapped.region.place == place]
-        if not gone and self._owed.get(place):
-            self._owed[place] -= 1
-            return
-        for mapped in gone:
-            if repeats := self._repeats.pop(mapped.region, 0):
-                self._owed[place] = repeats
-        if len(self._owed) > MAX_MEM_SLOTS:
-            del self._owed[next(iter(self._owed))]
-        if not gone:
-            raise ProtocolError(Violation.MEMORY, f"there is no memory region at {payload.region.gpa:#x} to remove")
-        kept = [mapped for mapped in self._regions if mapped not in gone]
-        self._replace_memory(kept, gone, incomplete=True)
+        self._memory.remove(payload.region)
 
     # ---- handlers: rings ----
 
     def _set_vring_num(self, payload: VringState, _fds: FdBag) -> None:
         ring, num = self._rings[payload.index], payload.num
-        if not 0 < num <= MAX_RING_SIZE or num & (num - 1):
+        if not 0 < num <= MAX_RING_SIZE:
             raise ProtocolError(
-                Violation.VALUE, f"ring {ring.index} of {num} entries; a power of two up to {MAX_RING_SIZE} is needed"
+                Violation.VALUE, f"ring {ring.index} of {num} entries; 1 to {MAX_RING_SIZE} are possible"
             )
         if num != ring.num:
             self._rings.detach([ring])
@@ -316,15 +294,19 @@ class VhostUserDevice:
 
     def _set_vring_addr(self, payload: VringAddr, _fds: FdBag) -> None:
         ring = self._rings[payload.index]
-        if not payload.same_ring(ring.addr):
+        if payload == ring.addr:
+            return
+        if payload.same_ring(ring.addr):
+            ring.addr = payload
+            if self._rings.logging:
+                self._rings.renew([ring])
+        else:
             self._rings.detach([ring])
-        ring.addr = payload
-        self._rings.attach()
+            ring.addr = payload
+            self._rings.attach()
 
     def _set_vring_base(self, payload: VringState, _fds: FdBag) -> None:
         ring = self._rings[payload.index]
-        if payload.num > 0xFFFF:
-            raise ProtocolError(Violation.VALUE, f"ring {ring.index}: base {payload.num:#x} is not a 16-bit index")
         self._rings.detach([ring])
         ring.base = payload.num
         self._rings.attach()
@@ -332,7 +314,7 @@ class VhostUserDevice:
     def _get_vring_base(self, payload: VringState, _fds: FdBag) -> bytes:
         ring = self._rings[payload.index]
         self._rings.stop([ring])
-        return VringState(ring.index, ring.base).pack()
+        return VringState(ring.index, self._rings.base(ring)).pack()
 
     def _set_vring_enable(self, payload: VringState, _fds: FdBag) -> None:
         ring = self._rings[payload.index]
@@ -355,15 +337,15 @@ class VhostUserDevice:
     def _set_vring_kick(self, payload: VringFile, fds: FdBag) -> None:
         ring = self._rings[payload.index]
         kick = notification_fd(fds, f"the kick of ring {ring.index}") if payload.has_fd else None
+        old, ring.kick, ring.started = ring.kick, kick, True
         try:
-            self._rings.detach([ring])
-        except DatapathError:
-            close_fd(kick)
+            self._rings.renew([ring])
+        except BaseException:
+            if ring.vring is not None:  # it is in the data plane with its old descriptor
+                old, ring.kick = ring.kick, old
+            close_fd(old)
             raise
-        old, ring.kick = ring.kick, kick
         close_fd(old)
-        ring.started = True
-        self._rings.attach()
 
     def _set_vring_call(self, payload: VringFile, fds: FdBag) -> None:
         ring = self._rings[payload.index]
@@ -383,6 +365,96 @@ class VhostUserDevice:
         err = notification_fd(fds, f"the error notifier of ring {ring.index}") if payload.has_fd else None
         old, ring.err = ring.err, err
         close_fd(old)
+
+    # ---- handlers: migration and recovery ----
+
+    def _set_log_base(self, payload: Log, fds: FdBag) -> bytes:
+        """The reply has no payload: QEMU takes any, DPDK sends none, and both front-ends know this one."""
+        fd = fds.take()
+        try:
+            new = DirtyLog(self._port, payload, fd)
+        finally:
+            fd.close()
+        rings, old = self._rings, self._rings.log
+        if rings.logging and not new.covers(rings.memory_end):
+            new.close()
+            raise ProtocolError(
+                Violation.MEMORY,
+                f"dirty log of {payload.size:#x} bytes does not cover guest memory up to {rings.memory_end:#x}",
+            )
+        rings.log = new
+        try:
+            rings.renew(rings if rings.logging else ())
+        except BaseException:
+            rings.log = old
+            new.close()
+            raise
+        if old is not None:
+            old.close()
+        return b""
+
+    def _set_log_fd(self, _payload: Empty, fds: FdBag) -> None:
+        notification_fd(fds, "the log's notifier").close()
+
+    def _get_inflight_fd(self, payload: Inflight, _fds: FdBag) -> Answer:
+        check_inflight(self._port, payload)
+        size = payload.queues * self._port.inflight_size(payload.queue_size, self._rings.packed)
+        try:
+            file = SealedFile("xdpvhost-inflight", size)
+        except OSError as error:
+            log.error("guest %r: cannot make an in-flight region: %s", self._port.name, error.strerror)
+            return Answer(replace(payload, size=0, offset=0).pack())
+        return Answer(replace(payload, size=size, offset=0).pack(), file.fd)
+
+    def _set_inflight_fd(self, payload: Inflight, fds: FdBag) -> None:
+        fd = fds.take()
+        try:
+            new = InflightRegion(self._port, payload, fd)
+        finally:
+            fd.close()
+        try:
+            self._rings.detach(self._rings)
+        except DatapathError:
+            new.close()
+            raise
+        old, self._rings.inflight = self._rings.inflight, new
+        if old is not None:
+            old.close()
+        self._rings.attach()
+
+    def _set_device_state_fd(self, payload: DeviceState, _fds: FdBag) -> Answer:
+        """The channel is always ours; the front-end's is closed with its message."""
+        if self._transfer is not None:
+            self._transfer.close()
+            self._transfer = None
+        why = None
+        if payload.phase != DeviceState.STOPPED:
+            why = f"migration phase {payload.phase} is not known"
+        elif any(ring.vring is not None for ring in self._rings):
+            why = "the device's rings are running"
+        else:
+            try:
+                self._transfer = Transfer(self._port, payload.direction)
+            except OSError as error:
+                why = f"cannot make a channel: {error.strerror}"
+        if self._transfer is None:
+            log.warning("guest %r: device state not transferred: %s", self._port.name, why)
+            return Answer(U64(TRANSFER_FAILED | RING_NO_FD).pack())
+        return Answer(U64(0).pack(), self._transfer.front_end())
+
+    def _check_device_state(self, _payload: Empty, _fds: FdBag) -> bytes:
+        transfer, self._transfer = self._transfer, None
+        if transfer is None:
+            log.warning("guest %r: no device state was transferred", self._port.name)
+            return ACK_FAILED
+        try:
+            transfer.finish()
+        except (RequestRefused, OSError) as error:
+            log.warning("guest %r: device state refused: %s", self._port.name, error)
+            return ACK_FAILED
+        finally:
+            transfer.close()
+        return ACK_OK
 
     # ---- handlers: virtio-net ----
 
@@ -419,7 +491,7 @@ def send_notice(channel: Fd, data: bytes) -> None:
 
 
 P = TypeVar("P", bound=Payload)
-Handler = Callable[[VhostUserDevice, P, FdBag], bytes | None]
+Handler = Callable[[VhostUserDevice, P, FdBag], Answer | bytes | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,15 +524,39 @@ TABLE: Mapping[int, Entry[Any]] = {
         "1-8 regions, one file each; running rings move to the new table at the index they had",
         fds=(1, 8),
     ),
-    Request.SET_VRING_NUM: Entry(VringState, _D._set_vring_num, "a power of two up to 32768"),
-    Request.SET_VRING_ADDR: Entry(
-        VringAddr, _D._set_vring_addr, "front-end addresses, aligned; the log flag and address are kept for later"
+    Request.SET_LOG_BASE: Entry(
+        Log,
+        _D._set_log_base,
+        "a bitmap in a memfd, tmpfs or hugetlbfs; one that ends before guest memory does is an error while logging; "
+        "the reply has no payload",
+        fds=(1, 1),
+        needs=_PF.LOG_SHMFD,
+        replies=True,
     ),
-    Request.SET_VRING_BASE: Entry(VringState, _D._set_vring_base, "next available index; 16 bits"),
+    Request.SET_LOG_FD: Entry(
+        Empty,
+        _D._set_log_fd,
+        "closed: it is optional to signal it, and front-ends look at the log themselves",
+        fds=(1, 1),
+    ),
+    Request.SET_VRING_NUM: Entry(
+        VringState, _D._set_vring_num, "1 to 32768; a split ring cannot start if it is not a power of two"
+    ),
+    Request.SET_VRING_ADDR: Entry(
+        VringAddr,
+        _D._set_vring_addr,
+        "front-end addresses, aligned; with VHOST_VRING_F_LOG writes to the ring itself are logged, too, at the guest "
+        "physical address that memory says it has",
+    ),
+    Request.SET_VRING_BASE: Entry(
+        VringState,
+        _D._set_vring_base,
+        "split: next available index, 16 bits; packed: both indices with their wrap counters, 32 bits, or 16 for both",
+    ),
     Request.GET_VRING_BASE: Entry(
         VringState,
         _D._get_vring_base,
-        "stops the ring; the next available index, also for a ring that was never set up",
+        "stops the ring; its base, encoded as in SET_VRING_BASE, also for a ring that was never set up",
         replies=True,
     ),
     Request.SET_VRING_KICK: Entry(
@@ -517,6 +613,20 @@ TABLE: Mapping[int, Entry[Any]] = {
         "rings stopped, disabled and forgotten, features and status zero; memory and call descriptors stay",
         needs=_PF.RESET_DEVICE,
     ),
+    Request.GET_INFLIGHT_FD: Entry(
+        Inflight,
+        _D._get_inflight_fd,
+        "a sealed memfd with a part for each ring, by the features set so far",
+        needs=_PF.INFLIGHT_SHMFD,
+        replies=True,
+    ),
+    Request.SET_INFLIGHT_FD: Entry(
+        Inflight,
+        _D._set_inflight_fd,
+        "a memfd, or a file in tmpfs or hugetlbfs; a ring that its part has no room for is an error when it starts",
+        fds=(1, 1),
+        needs=_PF.INFLIGHT_SHMFD,
+    ),
     Request.GET_MAX_MEM_SLOTS: Entry(
         Empty, _D._get_max_mem_slots, str(MAX_MEM_SLOTS), needs=_PF.CONFIGURE_MEM_SLOTS, replies=True
     ),
@@ -536,24 +646,19 @@ TABLE: Mapping[int, Entry[Any]] = {
     ),
     Request.SET_STATUS: Entry(U64, _D._set_status, "kept; 0 stops all rings", needs=_PF.STATUS),
     Request.GET_STATUS: Entry(Empty, _D._get_status, "what SET_STATUS said last", needs=_PF.STATUS, replies=True),
-}
-
-UNSUPPORTED: Mapping[Request, str] = {
-    Request.SET_LOG_BASE: "dirty-page log for live migration: a later release; LOG_SHMFD is not offered",
-    Request.SET_LOG_FD: "as SET_LOG_BASE",
-    Request.IOTLB_MSG: "needs VIRTIO_F_IOMMU_PLATFORM, which is not offered",
-    Request.SET_VRING_ENDIAN: "needs CROSS_ENDIAN, which is not offered: guests have the host's byte order",
-    Request.CREATE_CRYPTO_SESSION: "for crypto devices",
-    Request.CLOSE_CRYPTO_SESSION: "for crypto devices",
-    Request.POSTCOPY_ADVISE: "needs PAGEFAULT, which is not offered",
-    Request.POSTCOPY_LISTEN: "needs PAGEFAULT, which is not offered",
-    Request.POSTCOPY_END: "needs PAGEFAULT, which is not offered",
-    Request.GET_INFLIGHT_FD: "in-flight buffers over a restart: a later release; INFLIGHT_SHMFD is not offered",
-    Request.SET_INFLIGHT_FD: "as GET_INFLIGHT_FD",
-    Request.GPU_SET_SOCKET: "for GPU devices",
-    Request.VRING_KICK: "needs INBAND_NOTIFICATIONS, which is not offered: rings are kicked by descriptor",
-    Request.GET_SHARED_OBJECT: "for devices with virtio-dmabuf objects",
-    Request.SET_DEVICE_STATE_FD: "needs DEVICE_STATE, which is not offered: rings are the only state",
-    Request.CHECK_DEVICE_STATE: "as SET_DEVICE_STATE_FD",
-    Request.GET_SHMEM_CONFIG: "needs SHMEM, which is not offered",
+    Request.SET_DEVICE_STATE_FD: Entry(
+        DeviceState,
+        _D._set_device_state_fd,
+        "while no ring runs; the channel is a sealed memfd of ours, the front-end's descriptor is closed",
+        fds=(1, 1),
+        needs=_PF.DEVICE_STATE,
+        replies=True,
+    ),
+    Request.CHECK_DEVICE_STATE: Entry(
+        Empty,
+        _D._check_device_state,
+        "a state to load is read and taken over now; none at all is fine, one that is not ours is refused",
+        needs=_PF.DEVICE_STATE,
+        replies=True,
+    ),
 }

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .errors import ProtocolError, Violation
-from .fds import FdBag
+from .fds import Fd, FdBag
 from .wire import HEADER, MAX_FDS, Header, request_name
 
 _INT = array.array("i").itemsize
@@ -67,14 +67,19 @@ class Connection:
             fds.close()
             raise
 
-    async def send(self, data: bytes) -> None:
-        """Sends all of `data`. Raises ProtocolError when the front-end doesn't read for `timeout`; ConnectionError."""
+    async def send(self, data: bytes, fd: Fd | None = None) -> None:
+        """Sends all of `data`, and with its first byte a copy of `fd`.
+
+        Raises ProtocolError when the front-end doesn't read for `timeout`; ConnectionError.
+        """
         view = memoryview(data)
+        control = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd.number]))]
         try:
             async with asyncio.timeout(self._timeout):
                 while view:
                     try:
-                        view = view[self._sock.send(view, socket.MSG_NOSIGNAL) :]
+                        view = view[self._sock.sendmsg([view], control, socket.MSG_NOSIGNAL) :]
+                        control = []
                     except (BlockingIOError, InterruptedError):
                         await self._wait(write=True)
         except TimeoutError:

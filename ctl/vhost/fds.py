@@ -26,7 +26,8 @@ from .errors import ProtocolError, Violation
 
 log = logging.getLogger(__name__)
 
-LOCAL = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "hugetlbfs", "ramfs", "tmpfs", "xfs"})
+IN_MEMORY = frozenset({"hugetlbfs", "ramfs", "tmpfs"})
+LOCAL = IN_MEMORY | {"btrfs", "ext2", "ext3", "ext4", "f2fs", "xfs"}
 
 
 class Fd:

@@ -16,7 +16,7 @@ import ctypes
 import mmap
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -96,34 +96,44 @@ class MappedRegion:
         self.mapping.close()
 
 
-def map_region(region: MemRegion, fd: Fd) -> MappedRegion:
-    """Maps one region and closes `fd`.
+def map_file(what: str, fd: Fd, offset: int, size: int, kinds: Collection[str]) -> tuple[Mapping, tuple[int, int]]:
+    """Maps bytes [offset, offset + size) of a regular file, and says which file (device, inode) it is.
 
-    Raises ProtocolError when the file is not one that can be mapped, or is shorter than the region says.
+    The mapping begins with the block that `offset` is in. Raises ProtocolError when the file is not in a file system
+    of these `kinds`, cannot be mapped, or is too short.
     """
-    what = f"memory region at {region.gpa:#x}"
-    end = region.offset + region.size
     try:
         if not fd.kind.startswith("/"):
             raise ProtocolError(Violation.MEMORY, f"{what}: its descriptor is not a file that can be mapped")
-        if (kind := fd.file_system) not in LOCAL:
+        if (kind := fd.file_system) not in kinds:
             raise ProtocolError(
                 Violation.MEMORY, f"{what} is in a file system of type {kind}; use a memfd, tmpfs or hugetlbfs"
             )
         status = os.fstat(fd.number)
         if not stat.S_ISREG(status.st_mode):
             raise ProtocolError(Violation.MEMORY, f"{what}: its descriptor is not a file that can be mapped")
+        end = offset + size
         if end > status.st_size:
             raise ProtocolError(
                 Violation.MEMORY, f"{what} needs {end:#x} bytes of its file, which has only {status.st_size:#x}"
             )
         # mmap and munmap of hugetlbfs want whole pages, whose size is the file's block size (and 4096 elsewhere).
         block = -(-status.st_blksize // mmap.PAGESIZE) * mmap.PAGESIZE
-        start = region.offset // block * block
+        start = offset // block * block
         mapping = Mapping(fd.number, start, -(-end // block) * block - start)
-        return MappedRegion(region, mapping, (status.st_dev, status.st_ino))
+        return mapping, (status.st_dev, status.st_ino)
     except OSError as error:
         raise ProtocolError(Violation.MEMORY, f"{what} cannot be mapped: {error.strerror}") from error
+
+
+def map_region(region: MemRegion, fd: Fd) -> MappedRegion:
+    """Maps one region and closes `fd`.
+
+    Raises ProtocolError when the file is not one that can be mapped, or is shorter than the region says.
+    """
+    try:
+        mapping, file = map_file(f"memory region at {region.gpa:#x}", fd, region.offset, region.size, LOCAL)
+        return MappedRegion(region, mapping, file)
     finally:
         fd.close()
 

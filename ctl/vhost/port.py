@@ -32,6 +32,12 @@ class DevicePort(Protocol):
 
     def memory(self, regions: Sequence[Region]) -> Memory: ...
 
+    def shared(self, address: int, size: int) -> Memory:
+        """Makes `size` bytes at `address` of this process, which the front-end may take away, known."""
+
+    def inflight_size(self, num: int, packed: bool) -> int:
+        """Bytes of one ring's part of an in-flight region."""
+
     def vring(
         self,
         mem: Memory,
@@ -45,6 +51,10 @@ class DevicePort(Protocol):
         kick_fd: int,
         call_fd: int,
         enabled: bool,
+        log: Memory | None = None,
+        inflight: Memory | None = None,
+        inflight_offset: int = 0,
+        log_used: bool = False,
     ) -> Vring:
         """Makes a ring from front-end addresses. Raises DatapathError: EFAULT where memory doesn't hold it."""
 
@@ -54,11 +64,23 @@ class DevicePort(Protocol):
     def quiesce(self) -> None:
         """Returns when every worker has begun a new turn."""
 
+    def save_state(self) -> bytes:
+        """What the guest has set that is not in its memory: to go on elsewhere. No ring is published."""
+
+    def load_state(self, state: bytes) -> None:
+        """Takes over what `save_state` gave, here or elsewhere. Raises RequestRefused. No ring is published."""
+
+    def reset_state(self) -> None:
+        """Forgets what the guest has set. No ring is published."""
+
     def announce(self, mac: bytes) -> None:
         """Sends a RARP for `mac` on the uplink."""
 
     def attached(self, up: bool) -> None:
         """A front-end attached or left."""
+
+    def message(self, request: str, result: str) -> None:
+        """A request was served: `ok`, `refused` or `error`."""
 
     def protocol_error(self, error: ProtocolError) -> None:
         """A session ended by the front-end's fault; counted by the owner."""

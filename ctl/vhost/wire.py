@@ -88,6 +88,14 @@ class BackendRequest(IntEnum):
 
     IOTLB_MSG = 1
     CONFIG_CHANGE_MSG = 2
+    VRING_HOST_NOTIFIER_MSG = 3
+    VRING_CALL = 4
+    VRING_ERR = 5
+    SHARED_OBJECT_ADD = 6
+    SHARED_OBJECT_REMOVE = 7
+    SHARED_OBJECT_LOOKUP = 8
+    SHMEM_MAP = 9
+    SHMEM_UNMAP = 10
 
 
 class ProtocolFeature(IntFlag):
@@ -110,11 +118,19 @@ class ProtocolFeature(IntFlag):
     INBAND_NOTIFICATIONS = 1 << 14
     CONFIGURE_MEM_SLOTS = 1 << 15
     STATUS = 1 << 16
+    XEN_MMAP = 1 << 17
+    SHARED_OBJECT = 1 << 18
+    DEVICE_STATE = 1 << 19
+    GET_VRING_BASE_INFLIGHT = 1 << 20
+    GPA_ADDRESSES = 1 << 21
+    SHMEM = 1 << 22
 
 
 VIRTIO_NET_F_CTRL_VQ = 1 << 17
 VIRTIO_NET_F_MQ = 1 << 22
+F_LOG_ALL = 1 << 26
 F_PROTOCOL_FEATURES = 1 << 30
+VIRTIO_F_RING_PACKED = 1 << 34
 
 NET_S_LINK_UP = 1
 SPEED_UNKNOWN = 0xFFFFFFFF
@@ -138,6 +154,11 @@ def _exact(data: bytes, size: int) -> None:
 def _value(condition: bool, message: str) -> None:
     if not condition:
         raise ProtocolError(Violation.VALUE, message)
+
+
+def _area(what: str, size: int, offset: int) -> None:
+    _value(size > 0, f"{what} is empty")
+    _value(offset + size < U64_END, f"{what}: offset {offset:#x} plus size {size:#x} overflows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +248,11 @@ class VringState(Payload):
 
 @dataclass(frozen=True, slots=True)
 class VringAddr(Payload):
-    """Front-end virtual addresses of a ring's three parts."""
+    """Front-end virtual addresses of a ring's three parts.
+
+    A packed ring has its descriptor ring, its device area and its driver area in their places. What a split ring needs
+    of alignment (16, 4 and 2 bytes) is right for both but for the driver area, which the data plane checks.
+    """
 
     NAME: ClassVar[str] = "vring address"
     LAYOUT: ClassVar[struct.Struct] = struct.Struct("=IIQQQQ")
@@ -357,6 +382,83 @@ class SingleRegion(Payload):
 
     def pack(self) -> bytes:
         return bytes(self.PADDING) + self.region.pack()
+
+
+@dataclass(frozen=True, slots=True)
+class Log(Payload):
+    """Where in the file that comes along the dirty bitmap is: bytes."""
+
+    NAME: ClassVar[str] = "log description"
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("=QQ")
+    size: int
+    offset: int
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        _exact(data, cls.LAYOUT.size)
+        log = cls(*cls.LAYOUT.unpack(data))
+        _area("dirty log", log.size, log.offset)
+        return log
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(self.size, self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Inflight(Payload):
+    """In-flight region: bytes, place in its file, and for how many rings of what size it is.
+
+    In a C compiler's eyes the struct ends with four bytes of padding. QEMU sends them, and compares the size of an
+    answer with that; a front-end that packs the struct does not.
+    """
+
+    NAME: ClassVar[str] = "in-flight description"
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("=QQHH")
+    PADDING: ClassVar[int] = 4
+    size: int
+    offset: int
+    queues: int
+    queue_size: int
+    padded: bool = True
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        padded = len(data) != cls.LAYOUT.size
+        _exact(data, cls.LAYOUT.size + (cls.PADDING if padded else 0))
+        size, offset, queues, queue_size = cls.LAYOUT.unpack_from(data)
+        return cls(size, offset, queues, queue_size, padded)
+
+    def pack(self) -> bytes:
+        plain = self.LAYOUT.pack(self.size, self.offset, self.queues, self.queue_size)
+        return plain + bytes(self.PADDING if self.padded else 0)
+
+    def check_area(self) -> None:
+        """What a request to use a region must fulfil; one to make a region leaves size and offset open."""
+        _area("in-flight region", self.size, self.offset)
+        _value(self.offset % 8 == 0, f"in-flight region: offset {self.offset:#x} is not a multiple of 8")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState(Payload):
+    """Which way the device's state goes, and in which phase of a migration."""
+
+    NAME: ClassVar[str] = "device state transfer"
+    LAYOUT: ClassVar[struct.Struct] = struct.Struct("=II")
+    SAVE: ClassVar[int] = 0
+    LOAD: ClassVar[int] = 1
+    STOPPED: ClassVar[int] = 0
+    direction: int
+    phase: int
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        _exact(data, cls.LAYOUT.size)
+        transfer = cls(*cls.LAYOUT.unpack(data))
+        _value(transfer.direction in (cls.SAVE, cls.LOAD), f"transfer direction {transfer.direction} does not exist")
+        return transfer
+
+    def pack(self) -> bytes:
+        return self.LAYOUT.pack(self.direction, self.phase)
 
 
 @dataclass(frozen=True, slots=True)

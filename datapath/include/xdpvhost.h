@@ -263,6 +263,11 @@ XV_API uint32_t xv_inflight_size(uint32_t num, int packed);   /* bytes of one ri
 /* Interrupt through call_fd from now on, and once at once; then xv_quiesce() before the old one is closed. */
 XV_API void xv_vring_set_call(struct xv_vring *vring, int call_fd);
 XV_API void xv_vring_set_enabled(struct xv_vring *vring, int enabled);
+/*
+ * `vring` is the same ring as `old` with other settings, and xv_publish() is about to put it in its place: it goes on where
+ * `old` is then, no buffer is lost or seen twice, and no frame finds neither. Not for rings with an in-flight part.
+ */
+XV_API void xv_vring_follow(struct xv_vring *vring, const struct xv_vring *old);
 
 /* ---- NIC side ---- */
 XV_API int xv_nicq_new(const struct xv_nicq_conf *conf, struct xv_nicq **out); /* fills the fill ring */

@@ -248,6 +248,52 @@ static void for_each_source(struct xv_dp *dp, const struct snapshot *snap, each_
 				      EPOLLIN | EPOLLET);
 }
 
+typedef void (*each_vring)(struct xv_vring *vr, bool *any);
+
+static void for_each_vring(const struct snapshot *snap, each_vring visit, bool *any)
+{
+	for (uint32_t w = 0; w < snap->nr_workers; w++) {
+		for (uint32_t i = 0; i < snap->duties[w].nr_tx; i++)
+			visit(snap->duties[w].tx[i].vring, any);
+		for (uint32_t i = 0; i < snap->duties[w].nr_ctrl; i++)
+			visit(snap->duties[w].ctrl[i].vring, any);
+	}
+	for (uint32_t p = 0; p < snap->nr_ports; p++)
+		for (uint32_t i = 0; i < snap->ports[p].nr_rx; i++)
+			if (snap->ports[p].rx[i])
+				visit(snap->ports[p].rx[i], any);
+}
+
+static void follows(struct xv_vring *vr, bool *any)
+{
+	*any |= vr->follows != NULL;
+}
+
+static void take_over(struct xv_vring *vr, bool *any)
+{
+	(void)any;
+	vring_take_over(vr);
+}
+
+/*
+ * Rings that take the place of others go on where those are, which must have come to a rest by then, and no frame may
+ * find neither. So the workers are held: no snapshot, nothing to do, until the new rings know their places. What comes
+ * meanwhile, some microseconds, waits where it is.
+ */
+static void hand_over(struct xv_dp *dp, struct snapshot *snap)
+{
+	bool any = false;
+
+	for_each_vring(snap, follows, &any);
+	if (!any)
+		return;
+	__atomic_store_n(&dp->snap, NULL, __ATOMIC_SEQ_CST);
+	for (uint32_t i = 0; i < dp->conf.workers; i++)
+		worker_wake(&dp->workers[i]); /* one that is about to sleep counts as held either way */
+	xv_quiesce(dp);
+	for_each_vring(snap, take_over, NULL);
+}
+
 int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf)
 {
 	struct snapshot *old = dp->snap, *snap;
@@ -266,6 +312,7 @@ int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf)
 		store_once(&dp->workers[i].blind, false);
 	for_each_source(dp, snap, ensure_registered);
 	snap->serial = old->serial + 1;
+	hand_over(dp, snap);
 	__atomic_store_n(&dp->snap, snap, __ATOMIC_SEQ_CST);
 	xv_quiesce(dp);
 	for (uint32_t i = 0; i < dp->conf.workers; i++)

@@ -34,7 +34,7 @@ struct worker {
 struct xv_dp {
 	struct xv_dp_conf conf;
 	int event_fd;
-	struct snapshot *snap;
+	struct snapshot *snap; /* NULL: workers are held, xv_publish() */
 	uint64_t epoch;        /* moved by xv_publish() and xv_quiesce() */
 	uint32_t requests;     /* moved when a guest is to be announced or interrupted */
 	uint32_t generation;   /* of sources registered with epoll */

@@ -374,6 +374,11 @@ uint32_t xv_vring_base(const struct xv_vring *vr)
 	return vr->packed ? (uint32_t)vr->next << 16 | vr->next : vr->next;
 }
 
+void xv_vring_follow(struct xv_vring *vr, const struct xv_vring *old)
+{
+	vr->follows = old;
+}
+
 void xv_vring_set_call(struct xv_vring *vr, int call_fd)
 {
 	/* between the two stores a worker may use write() on a socket or send() on an eventfd: a lost interrupt, which the

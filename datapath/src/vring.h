@@ -69,6 +69,7 @@ struct xv_vring {
 	bool signalled_valid;
 	struct xv_vring *stalled_on; /* transmit rings: the receive ring whose buffers ran out, or NULL */
 	uint64_t patience, patience_at; /* transmit rings: cycles it may still wait for such a ring, and as of when */
+	const struct xv_vring *follows; /* until published: the one whose place it takes, or NULL */
 	struct source kick;
 };
 
@@ -195,6 +196,22 @@ enum chain_result {
 enum chain_result vring_chain(struct xv_vring *vr, const struct xv_buf *buf, enum chain_direction direction,
 			      struct xv_seg *segs, uint32_t max, uint32_t *nr, uint64_t *bytes, uint32_t *rest,
 			      uint32_t *budget);
+
+/* Go on where the ring that it follows is. No worker may hold either. */
+static inline void vring_take_over(struct xv_vring *vr)
+{
+	const struct xv_vring *old = vr->follows;
+
+	if (!old)
+		return;
+	vr->next = vr->published = old->next; /* between turns nothing is used and not published */
+	vr->signalled = old->signalled;
+	vr->signalled_valid = old->signalled_valid && vr->event_idx == old->event_idx;
+	vr->patience = old->patience;
+	vr->patience_at = old->patience_at;
+	vr->follows = NULL;
+	vring_disarm(vr); /* the old one may have been armed since the new one was made */
+}
 
 /* Interrupt the guest. `worker_calling` is where the watchdog looks for a guest whose descriptor blocks. */
 void vring_call(struct xv_vring *vr, uint64_t *calls, uint64_t *failed, const struct xv_vring **worker_calling);

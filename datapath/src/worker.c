@@ -16,6 +16,7 @@
  * of the time, a millisecond at once. So a guest that stops reading costs those who send to it next to nothing.
  */
 #include <errno.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/epoll.h>
 
@@ -315,6 +316,13 @@ static int longest_sleep(const struct worker *w)
 	return timeout;
 }
 
+static bool is_current(const struct worker *w)
+{
+	const struct snapshot *now = __atomic_load_n(&w->dp->snap, __ATOMIC_SEQ_CST);
+
+	return now && now->serial == w->serial;
+}
+
 static void sleep_until_work(struct worker *w, const struct snapshot *snap)
 {
 	const struct duty *duty = &snap->duties[w->index];
@@ -332,7 +340,7 @@ static void sleep_until_work(struct worker *w, const struct snapshot *snap)
 			n = epoll_wait(w->epfd, events, EVENTS, timeout);
 		__atomic_store_n(&w->parked, false, __ATOMIC_SEQ_CST);
 		/* while parked the snapshot may have gone, and with it what the events and `duty` point to */
-		if (__atomic_load_n(&w->dp->snap, __ATOMIC_SEQ_CST)->serial != w->serial)
+		if (!is_current(w))
 			return;
 		count_events(events, n);
 		if (n > 0) {
@@ -398,6 +406,11 @@ int xv_worker_run(struct xv_dp *dp, uint32_t index)
 		uint64_t epoch = __atomic_load_n(&dp->epoch, __ATOMIC_SEQ_CST);
 		const struct snapshot *now = __atomic_load_n(&dp->snap, __ATOMIC_SEQ_CST);
 
+		if (unlikely(!now)) { /* held: control moves rings, and needs the CPU more than we do */
+			__atomic_store_n(&w->seen, epoch, __ATOMIC_RELEASE);
+			sched_yield();
+			continue;
+		}
 		/* from here on only `now` is used, so control may count on it: it was loaded after the epoch */
 		if (unlikely(now != snap || now->serial != w->serial)) {
 			snap = now;
@@ -419,7 +432,7 @@ int xv_worker_run(struct xv_dp *dp, uint32_t index)
 			cpu_relax();
 	}
 	/* while it is running control waits for it, so the snapshot stays; but it may be one that no longer has the queues */
-	if (__atomic_load_n(&dp->snap, __ATOMIC_SEQ_CST)->serial == w->serial)
+	if (is_current(w))
 		flush(w);
 	__atomic_store_n(&w->running, false, __ATOMIC_SEQ_CST);
 	return 0;

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from xdpvhost.vhost.backend import TABLE, UNSUPPORTED
+from xdpvhost.vhost.backend import TABLE
 from xdpvhost.vhost.doc import refreshed
-from xdpvhost.vhost.wire import Request
+from xdpvhost.vhost.offered import BACKEND_REQUESTS, NOT_OFFERED, OFFERED, UNSUPPORTED
+from xdpvhost.vhost.wire import BackendRequest, ProtocolFeature, Request
 
 DOC = Path(__file__).parents[2] / "docs" / "vhost-user.md"
 
@@ -16,6 +17,17 @@ def test_every_request_is_served_or_has_a_reason() -> None:
     assert set(TABLE) | set(UNSUPPORTED) == set(Request)
     assert not set(TABLE) & set(UNSUPPORTED)
     assert [request.value for request in Request] == list(range(1, 45))
+
+
+def test_every_protocol_feature_is_offered_or_has_a_reason() -> None:
+    assert set(NOT_OFFERED) | set(OFFERED) == set(ProtocolFeature)
+    assert not set(NOT_OFFERED) & set(OFFERED)
+    assert [int(feature).bit_length() for feature in ProtocolFeature] == list(range(1, 24))
+
+
+def test_every_backend_request_has_a_line() -> None:
+    assert set(BACKEND_REQUESTS) == set(BackendRequest)
+    assert [request.value for request in BackendRequest] == list(range(1, 11))
 
 
 def test_table_in_docs_is_up_to_date() -> None:

@@ -8,23 +8,26 @@ import errno
 import os
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from xdpvhost.datapath import Memory, Region, Vring
 from xdpvhost.errors import DatapathError
 from xdpvhost.vhost.endpoint import Endpoint
-from xdpvhost.vhost.errors import ProtocolError
+from xdpvhost.vhost.errors import ProtocolError, RequestRefused
 
 from .process import wait_for
 
 T = TypeVar("T")
 
 MAC = bytes.fromhex("525400000001")
-FAKE_FEATURES = 1 << 30 | 1 << 32 | 1 << 15 | 1 << 5 | 1 << 17 | 1 << 22 | 1 << 28 | 1 << 29 | 1 << 3
+FAKE_FEATURES = (
+    1 << 26 | 1 << 30 | 1 << 32 | 1 << 34 | 1 << 15 | 1 << 5 | 1 << 17 | 1 << 22 | 1 << 28 | 1 << 29 | 1 << 3
+)
 
 
 @dataclass
@@ -48,6 +51,17 @@ class FakeMemory:
 
 
 @dataclass(eq=False)
+class FakeShared:
+    address: int
+    size: int
+    closed: bool = False
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+
+@dataclass(eq=False)
 class FakeVring:
     memory: FakeMemory
     desc: int
@@ -59,11 +73,23 @@ class FakeVring:
     kick_fd: int
     call_fd: int
     enabled: bool
+    log: FakeShared | None = None
+    inflight: FakeShared | None = None
+    inflight_offset: int = 0
+    log_used: bool = False
     closed: bool = False
-    calls: list[int] = field(default_factory=list)
+    followed: FakeVring | None = None
 
     def __post_init__(self) -> None:
         self.call()
+
+    def follow(self, old: FakeVring) -> None:
+        assert not old.closed
+        self.followed = old
+
+    @property
+    def shared(self) -> list[FakeShared]:
+        return [area for area in (self.log, self.inflight) if area is not None]
 
     def set_call(self, fd: int) -> None:
         self.call_fd = fd
@@ -104,6 +130,10 @@ class FakePort:
         self.announced: list[bytes] = []
         self.ups: list[bool] = []
         self.errors: list[ProtocolError] = []
+        self.areas: list[FakeShared] = []
+        self.messages: Counter[tuple[str, str]] = Counter()
+        self.state = b""
+        self.states_reset = 0
         self.quiesced = 0
 
     @property
@@ -114,6 +144,14 @@ class FakePort:
         memory = FakeMemory(list(regions))
         self.memories.append(memory)
         return cast(Memory, memory)
+
+    def shared(self, address: int, size: int) -> Memory:
+        area = FakeShared(address, size)
+        self.areas.append(area)
+        return cast(Memory, area)
+
+    def inflight_size(self, num: int, packed: bool) -> int:
+        return 64 + 32 * num if packed else 64 + 16 * num
 
     def vring(self, mem: Memory, **conf: Any) -> Vring:
         memory = cast(FakeMemory, mem)
@@ -131,12 +169,16 @@ class FakePort:
 
     def apply(self, features: int, rings: Mapping[int, Vring], ctrl: int | None) -> None:
         fakes = cast(Mapping[int, FakeVring], rings)
-        for vring in fakes.values():
-            assert not vring.closed
-            assert not vring.memory.closed
-        for vring in self.now.rings.values():
+        for vring in (*fakes.values(), *self.now.rings.values()):
             assert not vring.closed, "a published ring was freed"
             assert not vring.memory.closed, "memory of a published ring was freed"
+            assert not any(area.closed for area in vring.shared), (
+                "log or in-flight region of a published ring was freed"
+            )
+        for vring in fakes.values():
+            if vring.followed is not None:
+                assert vring.followed in self.now.rings.values(), "what it follows has left"
+                vring.base, vring.followed = vring.followed.base, None
         self.applied.append(Applied(features, dict(fakes), ctrl))
 
     def quiesce(self) -> None:
@@ -145,8 +187,25 @@ class FakePort:
                 os.fstat(vring.call_fd)
         self.quiesced += 1
 
+    def save_state(self) -> bytes:
+        assert not self.now.rings
+        return self.state
+
+    def load_state(self, state: bytes) -> None:
+        assert not self.now.rings
+        if state == b"nonsense":
+            raise RequestRefused("nonsense")
+        self.state = state
+
+    def reset_state(self) -> None:
+        assert not self.now.rings
+        self.states_reset += 1
+
     def announce(self, mac: bytes) -> None:
         self.announced.append(mac)
+
+    def message(self, request: str, result: str) -> None:
+        self.messages[request, result] += 1
 
     def attached(self, up: bool) -> None:
         self.ups.append(up)
@@ -159,6 +218,7 @@ class FakePort:
         assert not self.now.rings
         assert all(vring.closed for vring in self.vrings)
         assert all(memory.closed for memory in self.memories)
+        assert all(area.closed for area in self.areas)
         assert self.ups == [True, False] * (len(self.ups) // 2)
 
 

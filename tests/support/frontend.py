@@ -39,16 +39,22 @@ F_HOST_TSO6 = 1 << 12
 F_MRG_RXBUF = 1 << 15
 F_CTRL_VQ = 1 << 17
 F_MQ = 1 << 22
+F_LOG_ALL = 1 << 26
 F_INDIRECT = 1 << 28
 F_EVENT_IDX = 1 << 29
 F_PROTOCOL = 1 << 30
 F_VERSION_1 = 1 << 32
+F_PACKED = 1 << 34
+F_IN_ORDER = 1 << 35
 
 P_MQ = 1 << 0
+P_LOG_SHMFD = 1 << 1
 P_REPLY_ACK = 1 << 3
 P_CONFIG = 1 << 9
+P_INFLIGHT = 1 << 12
 P_MEM_SLOTS = 1 << 15
 P_STATUS = 1 << 16
+P_DEVICE_STATE = 1 << 19
 
 DESC_NEXT, DESC_WRITE, DESC_INDIRECT = 1, 2, 4
 NO_INTERRUPT = 1  # avail.flags
@@ -300,6 +306,15 @@ class FrontEnd:
         assert (answered, reply_flags) == (request, FLAGS | REPLY), f"reply {answered}, flags {reply_flags:#x}"
         return body
 
+    def ask_fd(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> tuple[bytes, int | None]:
+        """Sends a request whose reply may bring a descriptor; payload and descriptor, which the caller closes."""
+        self.send(request, payload, fds)
+        header, came, _flags, _address = socket.recv_fds(self.sock, 12, 8)
+        answered, reply_flags, size = struct.unpack("=III", header)
+        assert (answered, reply_flags) == (request, FLAGS | REPLY), f"reply {answered}, flags {reply_flags:#x}"
+        assert len(came) <= 1
+        return self._exactly(size), came[0] if came else None
+
     def ask_u64(self, request: int) -> int:
         return int(struct.unpack("=Q", self.ask(request))[0])
 
@@ -375,6 +390,49 @@ class FrontEnd:
         self.state(Request.SET_VRING_BASE, index, base)
         self.set_addr(index, user(queue.desc), user(queue.used), user(queue.avail))
         self.file(Request.SET_VRING_KICK, index, queue.kick_fd)
+
+    def set_log(self, fd: int, size: int, offset: int = 0) -> None:
+        """SET_LOG_BASE, answered without payload."""
+        assert self.ask(Request.SET_LOG_BASE, struct.pack("=QQ", size, offset), [fd]) == b""
+
+    def get_inflight(self, queues: int, queue_size: int) -> tuple[bytes, int | None]:
+        """GET_INFLIGHT_FD: the description that SET_INFLIGHT_FD takes, and the descriptor."""
+        return self.ask_fd(Request.GET_INFLIGHT_FD, struct.pack("=QQHHI", 0, 0, queues, queue_size, 0))
+
+    def set_inflight(self, description: bytes, fd: int) -> None:
+        self.tell(Request.SET_INFLIGHT_FD, description, [fd])
+
+    def save_state(self) -> bytes | None:
+        """SET_DEVICE_STATE_FD, reading, CHECK_DEVICE_STATE; None when the back-end refused."""
+        fd = self._state_channel(0)
+        if fd is None:
+            return None
+        with open(fd, "rb") as channel:
+            state = channel.read()
+        return state if self.ask_u64(Request.CHECK_DEVICE_STATE) == 0 else None
+
+    def load_state(self, state: bytes) -> bool:
+        """SET_DEVICE_STATE_FD, writing, CHECK_DEVICE_STATE; whether the back-end took it."""
+        fd = self._state_channel(1)
+        if fd is None:
+            return False
+        with open(fd, "wb", buffering=0) as channel:
+            while state:
+                state = state[channel.write(state) :]
+        return self.ask_u64(Request.CHECK_DEVICE_STATE) == 0
+
+    def _state_channel(self, direction: int) -> int | None:
+        ours, theirs = os.pipe()
+        try:
+            fds = [theirs if direction == 0 else ours]
+            answer, fd = self.ask_fd(Request.SET_DEVICE_STATE_FD, struct.pack("=II", direction, 0), fds)
+        finally:
+            os.close(ours)
+            os.close(theirs)
+        result = struct.unpack("=Q", answer)[0]
+        assert (fd is None) == bool(result & NO_FD)
+        assert (fd is None) == bool(result & 0xFF)
+        return fd
 
     def get_config(self, size: int, offset: int = 0) -> bytes:
         answer = self.ask(Request.GET_CONFIG, struct.pack("=III", offset, size, 0) + bytes(size))
