@@ -270,7 +270,9 @@ def test_queue_pairs(tmp_path: Path) -> None:
                 one.send(frame(pair), pair=pair)
             assert sorted(got for _, got in two.receive(4)) == sorted(frame(pair) for pair in range(4))
             port = plane.switch.guests["vm1"].port
-            assert [port.tx_counters(pair).packets for pair in range(4)] == [1] * 4
+            wait_for(
+                lambda: [port.tx_counters(pair).packets for pair in range(4)] == [1] * 4, 5, "a frame from each pair"
+            )
             ctrl.close()
 
 
