@@ -50,6 +50,7 @@ WAYS = {
     "guest-nic": "guest to NIC",
     "guest-guest": "guest to guest",
     "guest-guest-pmd": "guest to guest, testpmd",
+    "guest-guest-packed": "guest to guest, testpmd, packed",
 }
 BACKENDS = ("xdpvhost", "dpdk")
 
@@ -223,8 +224,8 @@ class Bench:
             world.veth(host, "nic0", net, "net0", queues=1)
             to_nic = way in ("nic-guest", "guest-nic")
             paths, cost = stack.enter_context(SYSTEMS[backend](host, 1 if to_nic else 2))
-            if way == "guest-guest-pmd":
-                return self._pmd(world, paths, size, cost)
+            if way in ("guest-guest-pmd", "guest-guest-packed"):
+                return self._pmd(world, paths, size, cost, packed=way == "guest-guest-packed")
             return self._driven(net, stack, paths, way, size, cost)
 
     def _driven(self, net: Namespace, stack: ExitStack, paths: list[Path], way: str, size: int, cost: Cost) -> Sample:
@@ -292,11 +293,13 @@ class Bench:
         counts = obj.map("received")
         return lambda: sum(int.from_bytes(value, "little") for value in counts.lookup_percpu(zero))
 
-    def _pmd(self, world: World, paths: list[Path], size: int, cost: Cost) -> Sample:
+    def _pmd(self, world: World, paths: list[Path], size: int, cost: Cost, packed: bool) -> Sample:
         """One testpmd with two virtio-user ports, each sending to the other's guest what it received from it."""
         os.sched_setaffinity(0, {DRIVER_CPU})
         try:
-            ports = [VirtioUser(path, mac, queue_size=RING) for path, mac in zip(paths, MACS, strict=True)]
+            ports = [
+                VirtioUser(path, mac, queue_size=RING, packed_vq=packed) for path, mac in zip(paths, MACS, strict=True)
+            ]
             extra = [f"--eth-peer={i},{MACS[1 - i]}" for i in range(2)] + [f"--txpkts={size}"]
             with TestPmd(ports, directory=world.directory, mode="mac", extra=extra) as pmd:
                 pmd.command("set burst 32")
