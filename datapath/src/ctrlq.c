@@ -117,7 +117,7 @@ uint32_t ctrlq_poll(struct xv_vring *vr, uint64_t features, uint32_t max_pairs, 
 		count(state->commands, 1);
 		if (!ok)
 			count(state->refused, 1);
-		vring_use(vr, vr->packed, &buf, written);
+		vring_use(vr, vr->packed, &buf, &written, 1);
 	}
 	if (done) {
 		if (vring_publish(vr, vr->packed))

@@ -59,19 +59,19 @@ cold static bool packed_chain_extent(struct xv_vring *vr, struct xv_buf *buf)
 
 static inline uint32_t packed_peek(struct xv_vring *vr, cursor at, struct xv_buf *bufs, struct vring_desc *descs, uint32_t n)
 {
-	uint32_t slots = (uint32_t)(packed_slot(at) - packed_slot(vr->next)), i;
-
+	const uint32_t num = vr->num;
+	uint32_t slot = packed_slot(at), wrap = at & PACKED_WRAP;
 	/* those that have been read and not used; after a whole lap the flags would still say "available" */
-	if ((at ^ vr->next) & PACKED_WRAP)
-		slots += vr->num;
-	for (i = 0; i < n && slots < vr->num; i++) {
-		const struct vring_packed_desc *desc = &vr->packed_desc[packed_slot(at)];
+	uint32_t slots = slot - packed_slot(vr->next) + ((at ^ vr->next) & PACKED_WRAP ? num : 0), i;
+
+	for (i = 0; i < n && slots < num; i++) {
+		const struct vring_packed_desc *desc = &vr->packed_desc[slot];
 		/* acquire pairs with the driver's write barrier before it writes the flags (2.8.21.1) */
 		const uint16_t flags = load_acquire(&desc->flags);
 
-		if (!packed_flags_available(flags, at))
+		if (!packed_flags_available(flags, (cursor)wrap))
 			break;
-		bufs[i] = (struct xv_buf){load_once(&desc->id), 1, at};
+		bufs[i] = (struct xv_buf){load_once(&desc->id), 1, (cursor)(slot | wrap), 0};
 		descs[i] = (struct vring_desc){
 			.addr = load_once(&desc->addr),
 			.len = load_once(&desc->len),
@@ -80,31 +80,44 @@ static inline uint32_t packed_peek(struct xv_vring *vr, cursor at, struct xv_buf
 		if (unlikely(flags & VRING_DESC_F_NEXT)) {
 			if (!packed_chain_extent(vr, &bufs[i]))
 				break;
-			if (slots + bufs[i].slots > vr->num) { /* it runs into what has been read before it */
-				vring_fault(vr, XV_FAULT_CHAIN, packed_slot(at));
+			if (slots + bufs[i].slots > num) { /* it runs into what has been read before it */
+				vring_fault(vr, XV_FAULT_CHAIN, slot);
 				break;
 			}
 		}
 		slots += bufs[i].slots;
-		at = packed_advance(vr, at, bufs[i].slots);
+		slot += bufs[i].slots;
+		if (unlikely(slot >= num)) {
+			slot -= num;
+			wrap ^= PACKED_WRAP;
+		}
 	}
 	return i;
 }
 
-static inline void packed_use(struct xv_vring *vr, const struct xv_buf *buf, uint32_t written)
+static inline void packed_use(struct xv_vring *vr, const struct xv_buf *bufs, const uint32_t *written, uint32_t n)
 {
-	struct vring_packed_desc *desc = &vr->packed_desc[packed_slot(vr->next)];
-	const uint16_t flags = (uint16_t)((vr->next & PACKED_WRAP ? PACKED_AVAIL | PACKED_USED : 0) |
-					  (written ? VRING_DESC_F_WRITE : 0));
+	const uint32_t num = vr->num;
+	uint32_t slot = packed_slot(vr->next), wrap = vr->next & PACKED_WRAP, i = 0;
 
-	store_once(&desc->id, buf->id);
-	store_once(&desc->len, written);
-	if (vr->next == vr->published)
-		vr->first_flags = flags; /* the driver looks no further than this one before it is written */
-	else
-		store_once(&desc->flags, flags);
-	vring_wrote_ring(vr, desc, sizeof(*desc));
-	vr->next = packed_advance(vr, vr->next, buf->slots);
+	for (; i < n; i++) {
+		struct vring_packed_desc *desc = &vr->packed_desc[slot];
+		const uint32_t len = written ? written[i] : 0;
+		const uint16_t flags = (uint16_t)((wrap ? PACKED_AVAIL | PACKED_USED : 0) | (len ? VRING_DESC_F_WRITE : 0));
+
+		store_once(&desc->id, bufs[i].id);
+		store_once(&desc->len, len);
+		if (unlikely((slot | wrap) == vr->published))
+			vr->first_flags = flags; /* the driver looks no further than this one before it is written */
+		else
+			store_once(&desc->flags, flags);
+		slot += bufs[i].slots;
+		if (unlikely(slot >= num)) {
+			slot -= num;
+			wrap ^= PACKED_WRAP;
+		}
+	}
+	vr->next = (cursor)(slot | wrap);
 }
 
 /*
@@ -121,6 +134,20 @@ struct inflight_packed {
 	uint8_t padding[7];
 };
 
+/* The descriptors from `published` to `next`: one in each chain was written. */
+cold static void packed_log(const struct xv_vring *vr)
+{
+	uint32_t from = packed_slot(vr->published);
+	const uint32_t to = packed_slot(vr->next), size = (uint32_t)sizeof(vr->packed_desc[0]);
+
+	if (from >= to) {
+		vring_wrote_ring(vr, &vr->packed_desc[from], (vr->num - from) * size);
+		from = 0;
+	}
+	if (to > from)
+		vring_wrote_ring(vr, &vr->packed_desc[from], (to - from) * size);
+}
+
 static inline void packed_publish(struct xv_vring *vr)
 {
 	struct vring_packed_desc *desc = &vr->packed_desc[packed_slot(vr->published)];
@@ -131,7 +158,8 @@ static inline void packed_publish(struct xv_vring *vr)
 	}
 	/* release pairs with the driver's read barrier after it read the flags: what was used behind it is there too */
 	store_release(&desc->flags, vr->first_flags);
-	vring_wrote_ring(vr, desc, sizeof(*desc));
+	if (unlikely(vr->log_used))
+		packed_log(vr);
 	vr->published = vr->next;
 	if (unlikely(vr->inflight)) {
 		store_release(&vr->inflight->old_used_idx, (uint16_t)packed_slot(vr->next));

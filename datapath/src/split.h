@@ -41,7 +41,7 @@ static inline uint32_t split_peek(struct xv_vring *vr, cursor at, struct xv_buf 
 			n = i;
 			break;
 		}
-		bufs[i] = (struct xv_buf){head, 1, (cursor)(at + i)};
+		bufs[i].id = head;
 		prefetch(&vr->desc[head]);
 	}
 	for (uint32_t i = 0; i < n; i++)
@@ -49,21 +49,31 @@ static inline uint32_t split_peek(struct xv_vring *vr, cursor at, struct xv_buf 
 	return n;
 }
 
-static inline void split_use(struct xv_vring *vr, const struct xv_buf *buf, uint32_t written)
+static inline void split_use(struct xv_vring *vr, const struct xv_buf *bufs, const uint32_t *written, uint32_t n)
 {
-	struct vring_used_elem *elem = &vr->used->ring[ring_slot(vr, vr->next)];
+	struct vring_used_elem *ring = vr->used->ring;
+	const uint16_t mask = vr->mask;
+	uint16_t next = vr->next;
 
-	elem->id = buf->id;
-	elem->len = written;
-	vring_wrote_ring(vr, elem, sizeof(*elem));
-	vr->next++;
+	for (uint32_t i = 0; i < n; i++, next++) {
+		struct vring_used_elem *elem = &ring[next & mask];
+
+		elem->id = bufs[i].id;
+		elem->len = written ? written[i] : 0;
+	}
+	vr->next = next;
 }
 
 static inline void split_publish(struct xv_vring *vr)
 {
 	/* release pairs with the driver's read barrier after it read used.idx */
 	store_release(&vr->used->idx, vr->next);
-	vring_wrote_ring(vr, vr->used, 4);
+	if (unlikely(vr->log_used)) {
+		for (uint16_t i = vr->published; i != vr->next; i++)
+			vring_wrote_ring(vr, &vr->used->ring[ring_slot(vr, i)], sizeof(vr->used->ring[0]));
+		vring_wrote_ring(vr, vr->used, 4);
+	}
+	vr->published = vr->next;
 }
 
 static inline bool split_wants_call(const struct xv_vring *vr, cursor old, cursor now, bool first)

@@ -142,8 +142,7 @@ void guest_rx_burst(struct xv_vring *vr, struct xv_burst *burst, struct burst_ch
 
 static inline always_inline bool rx_release(struct xv_vring *vr, const struct xv_buf *bufs, uint32_t n, const bool packed)
 {
-	for (uint32_t i = 0; i < n; i++)
-		vring_use(vr, packed, &bufs[i], 0);
+	vring_use(vr, packed, bufs, NULL, n);
 	return vring_publish(vr, packed);
 }
 
@@ -282,7 +281,7 @@ static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *vie
 		nr_segs += nr;
 		room[buffers] = (uint32_t)MIN(bytes, need - have);
 		have += room[buffers];
-		at = vring_after(vr, vr->packed, buf);
+		at = vring_after(vr, vr->packed, at, buf);
 		buffers++;
 	} while (have < need && vr->mergeable);
 	if (have < need)
@@ -296,8 +295,7 @@ static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *vie
 	put(&w, (const uint8_t *)&hdr, vr->header_len, NULL);
 	*copied += put_frame(&w, view, finish);
 	wrote(vr, &w);
-	for (uint32_t i = 0; i < buffers; i++)
-		vring_use(vr, vr->packed, &bufs[i], room[i]);
+	vring_use(vr, vr->packed, bufs, room, buffers);
 	if (finish)
 		count(vr->queue->rx.csum_finished, 1);
 	return DELIVERED;
@@ -309,10 +307,11 @@ too_big:
 
 /*
  * How many of the next buffers are plain enough for views[0..n): one writable descriptor that holds header and frame.
- * Sets bufs[] and to[] for those; `*there` is how many were looked at.
+ * Sets bufs[], to[] and room[] (bytes of both) for those; `*there` is how many were looked at.
  */
 static inline always_inline uint32_t find_places(struct xv_vring *vr, const struct xv_view *const *views, uint32_t n,
-						 struct xv_buf *bufs, uint8_t **to, uint32_t *there, const bool packed)
+						 struct xv_buf *bufs, uint8_t **to, uint32_t *room, uint32_t *there,
+						 const bool packed)
 {
 	struct vring_desc descs[XV_BURST];
 
@@ -328,6 +327,7 @@ static inline always_inline uint32_t find_places(struct xv_vring *vr, const stru
 		to[i] = mem_at(vr->mem, descs[i].addr, need, &got);
 		if (unlikely(got < need))
 			return i;
+		room[i] = need;
 		prefetch_write(to[i]);
 		prefetch_write(to[i] + 64);
 	}
@@ -349,9 +349,9 @@ static inline always_inline uint32_t tx_burst(struct xv_vring *vr, const struct 
 	while (done < n) {
 		struct xv_buf bufs[XV_BURST];
 		uint8_t *places[XV_BURST];
-		uint32_t there, plain;
+		uint32_t room[XV_BURST], there, plain;
 
-		plain = find_places(vr, views + done, MIN(n - done, XV_BURST), bufs, places, &there, packed);
+		plain = find_places(vr, views + done, MIN(n - done, XV_BURST), bufs, places, room, &there, packed);
 		for (uint32_t i = 0; i < plain; i++) {
 			const struct xv_view *view = views[done + i];
 			uint8_t *to = places[i] + header_len;
@@ -365,12 +365,13 @@ static inline always_inline uint32_t tx_burst(struct xv_vring *vr, const struct 
 				to += view->more[j].len;
 				copied += view->more[j].len;
 			}
-			vring_wrote(vr, places[i], header_len + view->len);
-			vring_use(vr, packed, &bufs[i], header_len + view->len);
 			packets++;
 			bytes += view->len;
 			partial += view->flags & VIEW_NEEDS_CSUM;
 		}
+		for (uint32_t i = 0; unlikely(vr->log) && i < plain; i++)
+			vring_wrote(vr, places[i], room[i]);
+		vring_use(vr, packed, bufs, room, plain);
 		done += plain;
 		if (!there)
 			break;

@@ -75,9 +75,11 @@ struct xv_vring {
 
 /* A buffer that the guest made available. */
 struct xv_buf {
-	uint16_t id;    /* split: the chain's first descriptor; packed: as the guest numbers its buffers */
-	uint16_t slots; /* packed: descriptors that it takes up in the ring */
+	uint16_t id; /* split: the chain's first descriptor; packed: as the guest numbers its buffers */
+	/* packed only: descriptors that it takes up in the ring, and where */
+	uint16_t slots;
 	cursor at;
+	uint16_t padding;
 };
 
 static inline bool vring_usable(const struct xv_vring *vr)
@@ -107,10 +109,10 @@ static inline void vring_wrote_ring(const struct xv_vring *vr, const void *at, u
 #include "packed.h"
 #include "split.h"
 
-/* Where the buffer after this one begins. */
-static inline cursor vring_after(const struct xv_vring *vr, bool packed, const struct xv_buf *buf)
+/* Where the buffer after this one, which is at `at`, begins. */
+static inline cursor vring_after(const struct xv_vring *vr, bool packed, cursor at, const struct xv_buf *buf)
 {
-	return packed ? packed_advance(vr, buf->at, buf->slots) : (cursor)(buf->at + 1);
+	return packed ? packed_advance(vr, at, buf->slots) : (cursor)(at + 1);
 }
 
 /*
@@ -131,13 +133,16 @@ static inline bool vring_has_buffers(const struct xv_vring *vr)
 	return vr->packed ? packed_is_available(vr, at) : load_acquire(&vr->avail->idx) != at;
 }
 
-/* Use the buffer at `next`. Seen by the guest at the next vring_publish(). */
-static inline void vring_use(struct xv_vring *vr, bool packed, const struct xv_buf *buf, uint32_t written)
+/*
+ * Use the n buffers from `next` on, into which so many bytes were written; NULL: none. Seen by the guest at the next
+ * vring_publish().
+ */
+static inline void vring_use(struct xv_vring *vr, bool packed, const struct xv_buf *bufs, const uint32_t *written, uint32_t n)
 {
 	if (packed)
-		packed_use(vr, buf, written);
+		packed_use(vr, bufs, written, n);
 	else
-		split_use(vr, buf, written);
+		split_use(vr, bufs, written, n);
 }
 
 /* Make all used buffers visible, one at least; returns whether the guest wants to be interrupted for them. */

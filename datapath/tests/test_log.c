@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* The dirty log: every page of the guest's that changed is marked, those of the ring when asked for, and no other. */
-#include "packed.h"
+#include "packed_driver.h"
 
 #define PAGE 4096u
 #define PAGES ((GPA + MEMORY) / PAGE)

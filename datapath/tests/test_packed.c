@@ -2,7 +2,7 @@
 /* Packed virtqueues: every layout, wrapping at every place, event suppression, restart, and drivers that lie. */
 #include <errno.h>
 
-#include "packed.h"
+#include "packed_driver.h"
 
 static struct pworld w;
 static uint8_t frame[65600], got[65600];
