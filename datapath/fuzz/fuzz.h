@@ -89,6 +89,7 @@ struct hostile {
 	struct ring ring[RINGS];
 	struct xv_region regions[REGIONS];
 	uint64_t features;
+	uint32_t base[RINGS]; /* where its rings begin: packed ones */
 	bool isolated;
 	int call;
 	/* as of the last look */
@@ -331,6 +332,9 @@ static inline void check_hostile(void)
 	uint64_t bytes;
 	uint16_t n;
 
+	CHECK(h->guest->fault.code < XV_FAULT_MAX);
+	if (h->features & BIT(VIRTIO_F_RING_PACKED)) /* its cursors say nothing about buffers: test_packed.c looks at rings */
+		return;
 	n = check_used(TX, h->isolated, &bytes);
 	CHECK_EQ(bytes, 0);
 	CHECK_EQ(tx->packets - h->tx_packets, n);
@@ -345,7 +349,6 @@ static inline void check_hostile(void)
 	CHECK(rx->packets - h->rx_packets <= n);
 	if (h->isolated)
 		CHECK_EQ(bytes, rx->bytes - h->rx_bytes + (rx->packets - h->rx_packets) * h->ring[RX].vr->header_len);
-	CHECK(h->guest->fault.code < XV_FAULT_MAX);
 	h->tx_packets = tx->packets;
 	h->tx_bytes = tx->bytes;
 	h->rx_packets = rx->packets;
@@ -428,6 +431,7 @@ static inline void hostile_rings(void)
 			.used = h->regions[i * PARTS + USED].user_addr,
 			.features = h->features,
 			.num = r->num,
+			.base = h->features & BIT(VIRTIO_F_RING_PACKED) ? h->base[i] : 0,
 			.kick_fd = -1,
 			.call_fd = h->call,
 			.enabled = 1,
@@ -447,6 +451,7 @@ static inline void hostile_disconnect(void)
 	/* as adopt() in worker.c does when it meets a new snapshot: the turns here do not go through it */
 	f.nic.xsk->stalled_on = f.peer[0].ring[TX].vr->stalled_on = f.peer[1].ring[TX].vr->stalled_on = NULL;
 	for (uint32_t i = 0; i < RINGS; i++) {
+		h->base[i] = xv_vring_base(h->ring[i].vr);
 		xv_vring_free(h->ring[i].vr);
 		h->ring[i].vr = NULL;
 	}
@@ -481,6 +486,7 @@ static inline void hostile_start(uint64_t features, uint32_t num, uint16_t base,
 		r->avail = (void *)region_add(h, i * PARTS + AVAIL, gpa + 0x100000, 6 + 2 * num);
 		r->used = (void *)region_add(h, i * PARTS + USED, gpa + 0x200000, 6 + 8 * num);
 		r->avail->idx = r->used->idx = base;
+		h->base[i] = 0x80008000u; /* a packed ring's beginning */
 	}
 	for (uint32_t i = 0; i < DATA_REGIONS; i++)
 		region_add(h, RINGS * PARTS + i, data_at[i].gpa, data_at[i].size);
