@@ -24,7 +24,7 @@ from .errors import DatapathError
 
 log = logging.getLogger(__name__)
 
-ABI = 5
+ABI = 6
 MAX_REGIONS = 509
 MAX_PAIRS = 128
 MAX_RING_SIZE = 32768
@@ -32,6 +32,7 @@ NO_RING = 0xFFFFFFFF
 VLAN_ANY = 0xFFFF
 NICQ_PARTIAL_CSUM = 1
 VRING_LOG_USED = 1
+NICQ_GSO_TCP4, NICQ_GSO_TCP6, NICQ_GSO_ECN, NICQ_GSO_UDP = 1, 2, 4, 8
 START_POLL = 0.001  # seconds between looks whether a worker has made its first turn
 POLL_MODES = {"adaptive": 0, "busy": 1, "interrupt": 2}
 DROP_MAX = 9
@@ -105,6 +106,8 @@ class NicqConf(Structure):
         ("tx", Ring),
         ("fd", c_int32),
         ("queue", c_uint32),
+        ("gso", c_uint32),
+        ("gso_fd", c_int32),
     )
 
 
@@ -189,6 +192,8 @@ class NicqCounters(Structure):
         ("csum_finished", c_uint64),
         ("sendto_calls", c_uint64),
         ("sendto_busy", c_uint64),
+        ("gso_packets", c_uint64),
+        ("gso_bytes", c_uint64),
     )
 
 

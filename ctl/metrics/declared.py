@@ -86,7 +86,20 @@ NIC_DROPS = Metric(
     "xdpvhost_nic_drops_total",
     "counter",
     ("iface", "queue"),
-    "Frames that the kernel took to send and dropped, as its sendto() told by EBUSY: the NIC's queue was full.",
+    "Frames that the kernel took to send and dropped, as its sendto() told by EBUSY, or for GSO frames sendmsg() by "
+    "ENOBUFS: the NIC's queue was full.",
+)
+NIC_GSO_PACKETS = Metric(
+    "xdpvhost_nic_gso_packets_total",
+    "counter",
+    ("iface", "queue"),
+    "Guests' GSO frames that the NIC took whole, by the packet socket. Not among the frames of xdpvhost_xsk_transmit.",
+)
+NIC_GSO_BYTES = Metric(
+    "xdpvhost_nic_gso_bytes_total",
+    "counter",
+    ("iface", "queue"),
+    "Bytes of those GSO frames. The kernel copied them out of the guest's memory: they are not in copied_bytes.",
 )
 MCAST_PACKETS = Metric(
     "xdpvhost_multicast_receive_packets_total",
@@ -209,6 +222,8 @@ METRICS: tuple[Metric, ...] = (
     NIC_SENDTO,
     NIC_CHECKSUMS,
     NIC_DROPS,
+    NIC_GSO_PACKETS,
+    NIC_GSO_BYTES,
     MCAST_PACKETS,
     MCAST_BYTES,
     MCAST_DROPPED,

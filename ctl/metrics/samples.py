@@ -102,6 +102,8 @@ def _nic_samples(nic: Nic, all_guests: list[GuestEntry]) -> Iterator[Sample]:
         yield Sample(m.XSK_TX_BYTES, port, tx.tx_bytes)
         yield Sample(m.NIC_SENDTO, port, tx.sendto_calls)
         yield Sample(m.NIC_DROPS, port, tx.sendto_busy)
+        yield Sample(m.NIC_GSO_PACKETS, port, tx.gso_packets)
+        yield Sample(m.NIC_GSO_BYTES, port, tx.gso_bytes)
         yield Sample(m.NIC_CHECKSUMS, port, tx.csum_finished)
         yield Sample(m.COPIED_BYTES, ("nic", "", *port), tx.copied_bytes)
 

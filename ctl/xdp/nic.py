@@ -9,7 +9,8 @@ at any step leaves the NIC as it was:
 1. Look: does it exist, is nobody else's XDP program on it, does its MTU fit.
 2. Prepare (ctl/links/nicprep.py): up, VLAN tags left in frames, queue count. Journalled.
 3. Attach the XDP program, still passing everything (ctl/xdp/program.py). Journalled.
-4. A packet socket for broadcast and multicast, which also holds the guests' addresses in the NIC's filter.
+4. A packet socket for broadcast and multicast, which also holds the guests' addresses in the NIC's filter; and one
+   that sends guests' GSO frames, if the NIC takes such (ctl/xdp/gsosock.py).
 5. For every receive queue: frames, rings, the base socket that sends (ctl/xdp/xsk.py), and the data plane's `Nicq`.
 
 A guest comes and goes in two steps each, with the caller's publication to the workers between them:
@@ -43,7 +44,7 @@ from ..links import ethtool
 from ..links.journal import Entry, Journal
 from ..links.netlink import Link, get_link
 from ..links.nicprep import SOL_PACKET, AddressFilter, NicPrep
-from . import libxdp
+from . import gsosock, libxdp
 from .capabilities import require
 from .maps import MAX_QUEUES, MAX_SLOTS
 from .program import PROGRAM, SteerProgram, refuse_occupied
@@ -132,6 +133,7 @@ class Nic:
         self._stack = ExitStack()
         self._sockets: list[QueueSockets] = []
         self._guests: dict[int, _Guest] = {}
+        self._gso, self._gso_fd = 0, -1
         self._program: SteerProgram
         self._filter: AddressFilter
 
@@ -197,6 +199,7 @@ class Nic:
         partial = link.local_stack or driver in _LOCAL_STACK_DRIVERS
         # A generic program has no business with a driver's zero-copy path, which would bypass it.
         bind = "copy" if self._program.mode == "generic" and self.options.bind == "auto" else self.options.bind
+        self._open_gso(link)
         for queue in range(nr_queues):
             self._open_queue(queue, chunk, bind, partial)
         self.mcast = self._owned(self._dp.mcast(groups.fileno()))
@@ -238,6 +241,14 @@ class Nic:
         groups.bind((self.iface, ETH_P_ALL))
         return groups
 
+    def _open_gso(self, link: Link) -> None:
+        """All queues share the socket: it takes a frame to the device in the call, whichever worker makes it."""
+        self._gso = gsosock.takes(link)
+        if self._gso:
+            sock = gsosock.gso_socket(self.iface)
+            self._stack.callback(sock.close)
+            self._gso_fd = sock.fileno()
+
     def _open_queue(self, queue: int, chunk: int, bind: str, partial: bool) -> None:
         sockets = QueueSockets(self.iface, queue, chunk, bind)
         self._stack.callback(sockets.close)
@@ -254,6 +265,8 @@ class Nic:
             tx=sockets.tx,
             fd=sockets.fd,
             queue=queue,
+            gso=0 if sockets.zerocopy else self._gso,
+            gso_fd=self._gso_fd,
         )
         self.queues.append(self._owned(self._dp.nicq(conf)))
 

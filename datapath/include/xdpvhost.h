@@ -19,7 +19,7 @@
 
 #define XV_API __attribute__((visibility("default")))
 
-#define XV_ABI 5u /* changes with every change of a struct or of a meaning below */
+#define XV_ABI 6u /* changes with every change of a struct or of a meaning below */
 
 #define XV_MAX_WORKERS 64u
 #define XV_MAX_REGIONS 509u    /* memory slots of one guest: what VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS grants */
@@ -113,6 +113,12 @@ struct xv_ring {
 
 #define XV_NICQ_PARTIAL_CSUM 1u /* local stacks send into this device: frames may carry only a pseudo-header checksum */
 
+/* GSO frames that a device takes whole. */
+#define XV_NICQ_GSO_TCP4 1u
+#define XV_NICQ_GSO_TCP6 2u
+#define XV_NICQ_GSO_ECN 4u /* of either, with TCP's ECN flags */
+#define XV_NICQ_GSO_UDP 8u
+
 struct xv_nicq_conf {
 	uint64_t umem, umem_size;
 	uint32_t chunk;               /* bytes a frame, a power of two */
@@ -121,6 +127,8 @@ struct xv_nicq_conf {
 	struct xv_ring fill, comp, tx;
 	int32_t fd;     /* the socket that owns tx */
 	uint32_t queue; /* the NIC's queue number */
+	uint32_t gso;   /* XV_NICQ_GSO_*: frames to be sent whole by gso_fd; 0: all are cut */
+	int32_t gso_fd; /* AF_PACKET socket, bound to the NIC, without protocol; PACKET_VNET_HDR on */
 };
 
 struct xv_xsk_conf {
@@ -186,12 +194,13 @@ struct xv_xsk_counters {
 	uint64_t packets, bytes;
 } __attribute__((aligned(64)));
 
-struct xv_nicq_counters { /* the writer holds the TX lock */
-	uint64_t tx_packets, tx_bytes;
+struct xv_nicq_counters { /* the writer holds the TX lock, or adds atomically */
+	uint64_t tx_packets, tx_bytes; /* by AF_XDP */
 	uint64_t copied_bytes; /* payload bytes that the CPU copied into UMEM for tx_bytes */
 	uint64_t csum_finished;
 	uint64_t sendto_calls;
-	uint64_t sendto_busy; /* frames that the kernel took and dropped: its sendto() said EBUSY */
+	uint64_t sendto_busy; /* frames that the kernel took and dropped: EBUSY of sendto(), ENOBUFS for a GSO frame; atomic */
+	uint64_t gso_packets, gso_bytes; /* GSO frames that the packet socket took whole: the kernel copied them, we did not */
 } __attribute__((aligned(64)));
 
 struct xv_mcast_counters {

@@ -81,6 +81,15 @@ static void fit_header(uint8_t *header, const struct gso_cut *cut, uint32_t len,
 	memcpy(transport + net_csum_field(h->protocol), &sum, sizeof(sum));
 }
 
+void gso_whole_header(const struct xv_view *view, uint8_t header[GSO_HEADER_MAX])
+{
+	struct gso_cut all;
+
+	gso_cut_init(&all, view);
+	memcpy(header, view->gso->bytes, view->gso->len);
+	fit_header(header, &all, all.payload, true);
+}
+
 uint32_t gso_cut_next(struct gso_cut *cut, struct gso_room *room)
 {
 	const struct xv_view *whole = cut->view;

@@ -39,6 +39,8 @@ bool gso_check(struct xv_view *view, struct gso_header *header);
 void gso_cut_init(struct gso_cut *cut, const struct xv_view *view);
 /* The next segments, XV_BURST at most, each with only its pseudo-header's sum; 0 at the end. */
 uint32_t gso_cut_next(struct gso_cut *cut, struct gso_room *room);
+/* The frame's own headers, as those of a segment that is all of it: with the pseudo-header's sum and IPv4's checksum. */
+void gso_whole_header(const struct xv_view *view, uint8_t header[GSO_HEADER_MAX]);
 /* Segments that have not been cut yet. */
 static inline uint32_t gso_cut_left(const struct gso_cut *cut)
 {

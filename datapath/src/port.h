@@ -48,7 +48,8 @@ struct xv_nicq {
 	uint8_t *umem;
 	uint64_t umem_size;
 	uint32_t chunk, flags, queue;
-	int fd;
+	int fd, gso_fd;
+	uint32_t gso; /* GSO_BITs of frames for gso_fd */
 	struct {
 		uint32_t *producer, *consumer, *flags;
 		uint64_t *ring;
@@ -91,6 +92,13 @@ uint32_t xsk_backlog(const struct xv_xsk *xsk);
 void nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uint32_t n, uint32_t max_len, uint64_t *drops);
 /* Tell the kernel to send what is queued. False when some of it must wait, or another worker is at it. */
 bool nicq_tx_flush(struct xv_nicq *nicq);
+
+/* ---- GSO frames to a NIC (gsosock.c) ---- */
+
+/* GSO_BITs of XV_NICQ_GSO_*. */
+uint32_t nicq_gso_bits(uint32_t conf);
+/* Send a guest's GSO frame whole, or drop and count it. False: neither, it is to be cut. */
+bool nicq_tx_gso(struct xv_nicq *nicq, const struct xv_view *view, uint32_t max_len, uint64_t *drops);
 
 /* ---- broadcast and multicast of a NIC (mcast.c) ---- */
 

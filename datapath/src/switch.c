@@ -146,6 +146,8 @@ static void to_uplink(const struct snapshot *snap, const struct origin *from, co
 			continue;
 		}
 		run = 1;
+		if (nicq_tx_gso(from->uplink, views[i], max_len, from->drops))
+			continue;
 		gso_cut_init(&cut, views[i]);
 		while ((segments = gso_cut_next(&cut, &ctx->room)))
 			nicq_tx_burst(from->uplink, ctx->room.list, segments, max_len, from->drops);

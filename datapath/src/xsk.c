@@ -188,7 +188,7 @@ bool nicq_tx_flush(struct xv_nicq *nicq)
 		count(counters->sendto_calls, 1);
 		if (sendto(nicq->fd, NULL, 0, MSG_DONTWAIT, NULL, 0) < 0) {
 			if (errno == EBUSY)
-				count(counters->sendto_busy, 1);
+				__atomic_fetch_add(&counters->sendto_busy, 1u, __ATOMIC_RELAXED);
 			else if (load_acquire(nicq->tx.consumer) == sent)
 				break; /* EAGAIN without progress, ENETDOWN, ENOBUFS: later */
 		}
@@ -240,6 +240,8 @@ int xv_nicq_new(const struct xv_nicq_conf *conf, struct xv_nicq **out)
 	nicq->flags = conf->flags;
 	nicq->queue = conf->queue;
 	nicq->fd = conf->fd;
+	nicq->gso_fd = conf->gso_fd;
+	nicq->gso = nicq_gso_bits(conf->gso);
 	RING_INIT(nicq->fill, conf->fill);
 	RING_INIT(nicq->comp, conf->comp);
 	RING_INIT(nicq->tx, conf->tx);

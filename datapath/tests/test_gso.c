@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /* Cutting and joining: every segment's headers and bytes, what passes whole, and what is never joined. */
+#include <fcntl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
 #include "frames.h"
 
 #define GSO_FEATURES                                                                                              \
@@ -114,6 +118,92 @@ static void test_cut_to_nic(void)
 			CHECK_EQ(w.nic.nicq->counters.copied_bytes, w.nic.nicq->counters.tx_bytes);
 			world_free(&w);
 		}
+	}
+}
+
+/* A datagram socket stands for the packet socket. It is full after some frames, which the NIC's being slow looks like. */
+static void test_whole_to_nic(void)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(specs); i++) {
+		for (uint32_t step = 41; step < 70000; step = step * 7 + 1) {
+			const struct spec *s = &specs[i];
+			struct virtio_net_hdr hdr;
+			uint32_t ip_sum = 0, taken = 1;
+			struct net_headers h;
+			ssize_t len;
+			int pair[2];
+
+			if (s->payload / step > 900)
+				continue;
+			CHECK_EQ(socketpair(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK, 0, pair), 0);
+			world_init(&w, 1, GSO_FEATURES, 2048, 0);
+			w.nic.nicq->gso = nicq_gso_bits(XV_NICQ_GSO_TCP4 | XV_NICQ_GSO_TCP6 | XV_NICQ_GSO_ECN | XV_NICQ_GSO_UDP);
+			w.nic.nicq->gso_fd = pair[0];
+			build_gso(s);
+			if (s->protocol == IPPROTO_TCP && s->family == 4)
+				memset(f.bytes + f.transport - 10, 0, 2); /* the guest's IPv4 checksum: ours counts */
+			send_gso(&w.guests[0], gso_type(s), 1400, step);
+			world_run(&w);
+			CHECK_EQ(ring_reap(&w.guests[0].ring[1], NULL), 0);
+			CHECK_EQ(nic_send(&w.nic, got), 0);
+			len = recv(pair[1], all, sizeof(all), 0);
+			CHECK_EQ(len, sizeof(hdr) + f.len);
+			memcpy(&hdr, all, sizeof(hdr));
+			memcpy(got, all + sizeof(hdr), f.len);
+			CHECK_EQ(hdr.flags, VIRTIO_NET_HDR_F_NEEDS_CSUM);
+			CHECK_EQ(hdr.gso_type, gso_type(s));
+			CHECK_EQ(hdr.gso_size, 1400);
+			CHECK_EQ(hdr.hdr_len, header_bytes(s));
+			CHECK_EQ(hdr.csum_start, f.transport);
+			CHECK_EQ(hdr.csum_offset, f.field);
+			CHECK(!memcmp(got + header_bytes(s), f.bytes + header_bytes(s), f.len - header_bytes(s)));
+			CHECK(net_parse(got, f.len, &h));
+			if (s->family == 4)
+				ip_sum = plain_sum(got + h.ip, h.transport - h.ip);
+			CHECK_EQ(ip_sum, s->family == 4 ? 0xffff : 0);
+			CHECK_EQ(csum_load16(got + f.transport + f.field), net_pseudo_sum(&h, f.len - f.transport));
+			CHECK_EQ(w.nic.nicq->counters.gso_packets, 1);
+			CHECK_EQ(w.nic.nicq->counters.gso_bytes, f.len);
+			CHECK_EQ(w.nic.nicq->counters.copied_bytes, 0);
+			while (!w.guests[0].guest->queues[0].tx.drops[XV_DROP_NO_FRAMES]) {
+				send_gso(&w.guests[0], gso_type(s), 1400, step);
+				world_run(&w);
+				CHECK(++taken < 1000);
+			}
+			CHECK_EQ(w.nic.nicq->counters.gso_packets, taken - 1);
+			world_free(&w);
+			close(pair[0]);
+			close(pair[1]);
+		}
+	}
+}
+
+/* What the device does not take is cut: another type, segments above its MTU, a call that the kernel refuses. */
+static void test_not_whole_to_nic(void)
+{
+	const struct spec *s = &specs[0];
+
+	for (int why = 0; why < 3; why++) {
+		int pair[2], dead = open("/dev/null", O_RDONLY | O_CLOEXEC);
+
+		CHECK_EQ(socketpair(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK, 0, pair), 0);
+		world_init(&w, 1, GSO_FEATURES, 256, 0);
+		w.nic.nicq->gso = nicq_gso_bits(why == 0 ? XV_NICQ_GSO_TCP6 | XV_NICQ_GSO_UDP : XV_NICQ_GSO_TCP4);
+		w.nic.nicq->gso_fd = why == 2 ? dead : pair[0];
+		build_gso(s);
+		f.bytes[f.transport + 13] &= 0x7f;
+		send_gso(&w.guests[0], gso_type(s), why == 1 ? 1480 : 1400, 4096);
+		world_run(&w);
+		CHECK_EQ(recv(pair[1], all, sizeof(all), 0), -1);
+		CHECK_EQ(w.nic.nicq->counters.gso_packets, 0);
+		if (why == 1) /* but for the last, they are too long when cut, too */
+			CHECK_EQ(w.guests[0].guest->queues[0].tx.drops[XV_DROP_TOO_BIG], 3);
+		else
+			CHECK_EQ(w.nic.nicq->counters.tx_packets, 4);
+		world_free(&w);
+		close(pair[0]);
+		close(pair[1]);
+		close(dead);
 	}
 }
 
@@ -417,6 +507,8 @@ static void test_finished_checksums_are_not_joined(void)
 int main(void)
 {
 	test_cut_to_nic();
+	test_whole_to_nic();
+	test_not_whole_to_nic();
 	test_whole_to_guest();
 	test_cut_to_guest();
 	test_refused();

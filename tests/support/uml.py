@@ -32,6 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from .netns import Namespace
 from .process import Process, WaitTimeout, run
 
 KERNEL = Path("/usr/bin/linux.uml")
@@ -217,12 +218,27 @@ def initramfs(programs: Sequence[str] = PROGRAMS) -> Path:
 class UmlGuest:
     """A guest; `with UmlGuest(socket_path, "vm1", directory=d) as g: g.run("ip addr")`.
 
-    `sock` is the vhost-user socket of its eth0, or None for a guest without a network device.
+    `sock` is the vhost-user socket of its eth0; `vector` instead an option of UML's own network driver (its device is
+    vec0), for which the guest runs in the network namespace `inside`. Neither: a guest without a network device.
+    `affinity`: the CPUs that it may use, as taskset(1) has them.
     """
 
-    def __init__(self, sock: Path | None, name: str, *, directory: Path, mem: str = "128M") -> None:
+    def __init__(
+        self,
+        sock: Path | None,
+        name: str,
+        *,
+        directory: Path,
+        mem: str = "128M",
+        vector: str | None = None,
+        inside: Namespace | None = None,
+        affinity: str | None = None,
+    ) -> None:
         self.name = name
         self.sock = sock
+        self.vector = vector
+        self.inside = inside
+        self.affinity = affinity
         self.directory = directory
         self.mem = mem
         self._process: Process | None = None
@@ -242,10 +258,14 @@ class UmlGuest:
         argv += [f"ssl0=fd:{there.fileno()}", f"guest={self.name}"]
         if self.sock is not None:
             argv.append(f"virtio_uml.device={self.sock}:1")
-        isolate = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]
+        if self.vector is not None:
+            argv.append(f"vec0:{self.vector}")
+        if self.affinity is not None:
+            argv = ["taskset", "--cpu-list", self.affinity, *argv]
+        argv = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--", *argv]
         with there:
             self._process = Process(
-                [*isolate, *argv],
+                self.inside.argv(argv) if self.inside else argv,
                 log=self.directory / f"{self.name}-console.log",
                 name=f"guest {self.name}",
                 env={"TMPDIR": "/dev/shm", "HOME": str(uml_dir)},
