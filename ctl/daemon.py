@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WATCHDOG_PERIOD = 0.1
+DEVICE_PERIOD = 1.0  # seconds between looks at the interface's MTU
 BLOCKED_HOLD_OFF = 10.0  # seconds that a front-end which made a worker block has to wait
 RETRY_PERIOD = 1.0
 
@@ -137,6 +138,8 @@ class Daemon:
         stack.callback(loop.remove_reader, dp.event_fd)
         watchdog = loop.create_task(self._watchdog(), name="watchdog")
         stack.callback(watchdog.cancel)
+        device = loop.create_task(self._watch_device(), name="device")
+        stack.callback(device.cancel)
 
         api = ApiServer(config.run_dir, self._handlers())
         await api.start()
@@ -231,6 +234,14 @@ class Daemon:
         while True:
             self._dp.watchdog()
             await asyncio.sleep(WATCHDOG_PERIOD)
+
+    async def _watch_device(self) -> None:
+        while True:
+            await asyncio.sleep(DEVICE_PERIOD)
+            try:
+                self._switch.follow_mtus()
+            except XdpvhostError as exc:
+                log.error("interface %s: %s", self._config.iface, exc)
 
     # ---- API ----
 

@@ -31,6 +31,7 @@ MAX_RING_SIZE = 32768
 NO_RING = 0xFFFFFFFF
 VLAN_ANY = 0xFFFF
 NICQ_PARTIAL_CSUM = 1
+NICQ_SG = 2
 VRING_LOG_USED = 1
 NICQ_GSO_TCP4, NICQ_GSO_TCP6, NICQ_GSO_ECN, NICQ_GSO_UDP = 1, 2, 4, 8
 START_POLL = 0.001  # seconds between looks whether a worker has made its first turn

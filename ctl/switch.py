@@ -216,6 +216,12 @@ class Switch:
         nics = [NicState(nic.queues, nic.mcast, nic.mtu) for nic in self.nics]
         self.dp.publish(guests, nics, macs)
 
+    def follow_mtus(self) -> None:
+        """Devices whose MTU has changed: what guests may send from now on. Raises XdpvhostError."""
+        changed = [nic.follow_mtu() for nic in self.nics]
+        if any(changed):
+            self.publish()
+
     def faulted(self) -> list[tuple[GuestEntry, str]]:
         """Guests that the data plane gave up since the last call, and why."""
         return [(entry, why) for entry in self.guests.values() if (why := entry.new_fault()) is not None]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +28,7 @@ from ..errors import NicError, PrivilegeError
 T = TypeVar("T")
 
 SO_NETNS_COOKIE = 71
+SIOCGIFMTU = 0x8921
 IFF_UP = 1
 
 # Devices into which no local stack sends: what arrives has been on a wire, or passed one.
@@ -111,6 +114,14 @@ def link_name(index: int) -> str | None:
     """The name that a device has now; None when it is gone."""
     with suppress(OSError):
         return socket.if_indextoname(index)
+    return None
+
+
+def device_mtu(name: str) -> int | None:
+    """By ioctl, for who asks every second; None when the device is gone."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        answer = fcntl.ioctl(probe, SIOCGIFMTU, struct.pack("16si16x", os.fsencode(name), 0))
+        return int(struct.unpack_from("=i", answer, 16)[0])
     return None
 
 

@@ -13,7 +13,6 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import NicError
 from ..links import ethtool
 from ..links.netdev import XdpFeatures, xdp_features
 from ..links.netlink import Link, get_link
@@ -22,7 +21,7 @@ from . import capabilities
 from .libbpf import BpfObject, attach_replacement, captured_log
 from .maps import MAX_QUEUES
 from .program import OBJECT, PROGRAM, attached, bpffs
-from .umem import chunk_for, largest_mtu
+from .umem import framing_for, largest_mtu
 from .xsk import AF_XDP
 
 
@@ -50,7 +49,7 @@ def probe(iface: str) -> list[Feature]:
         lambda: _zerocopy(reported),
         _dispatcher,
         lambda: _queues(link),
-        lambda: _mtu(link),
+        lambda: _mtu(link, reported),
         lambda: _vlan(link),
         lambda: _classification(link),
         _hugepages,
@@ -155,15 +154,19 @@ def _queues(link: Link) -> Feature:
     return Feature("queues", True, detail, required=True)
 
 
-def _mtu(link: Link) -> Feature:
-    try:
-        chunk = chunk_for(link.name, link.mtu)
-    except NicError:
-        most = largest_mtu(4096)
-        return Feature(
-            "mtu", False, f"{link.mtu}; at most {most}", f"`ip link set {link.name} mtu {most}`", required=True
-        )
-    return Feature("mtu", True, f"{link.mtu}: frames of {chunk} bytes", required=True)
+def _mtu(link: Link, reported: XdpFeatures | None) -> Feature:
+    """A frame that is larger than a page needs several pieces: of the driver in native mode, of the kernel always."""
+    framing = framing_for(link.mtu)
+    if not framing.several:
+        return Feature("mtu", True, f"{link.mtu}: frames of {framing.chunk} bytes", required=True)
+    most = largest_mtu(4096)
+    remedy = f"`ip link set {link.name} mtu {most}` or less"
+    detail = f"{link.mtu}: frames of several pieces of {framing.chunk} bytes"
+    if reported is None:  # told since 6.3; XDP_USE_SG came with 6.6
+        return Feature("mtu", False, f"{link.mtu}; this kernel holds {most} at most", remedy, required=True)
+    if XdpFeatures.RX_SG in reported:
+        return Feature("mtu", True, detail, required=True)
+    return Feature("mtu", None, f"{detail}, which the driver has not: generic mode will be tried", remedy)
 
 
 def _vlan(link: Link) -> Feature:

@@ -69,6 +69,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "libxdp_set_print": (c_void_p, (PRINT_FN,)),
     "libxdp_strerror": (c_int, (c_int, c_char_p, c_size_t)),
     "xdp_program__from_bpf_obj": (c_void_p, (c_void_p, c_char_p)),
+    "xdp_program__set_xdp_frags_support": (c_int, (c_void_p, c_bool)),
     "xdp_program__from_id": (c_void_p, (c_uint32,)),
     "xdp_program__close": (None, (c_void_p,)),
     "xdp_program__name": (c_char_p, (c_void_p,)),
@@ -222,6 +223,11 @@ def program_from_object(bpf_object: int | None, section: str) -> int:
     """The object stays the caller's."""
     found = libxdp().xdp_program__from_bpf_obj(bpf_object, section.encode())
     return pointer(found, f"BPF object without a program in section {section}")
+
+
+def allow_frags(program: int) -> None:
+    """Before it is loaded: it takes frames of several pieces, as a program in a section `xdp.frags` does. OSError."""
+    check(libxdp().xdp_program__set_xdp_frags_support(program, True), "XDP program for frames of several pieces")
 
 
 def program_from_id(program_id: int) -> int:

@@ -23,7 +23,7 @@ So no frame is redirected to a socket that no worker reads, and no worker reads 
 Who owns what: the Nic owns its descriptors, mappings, BPF object, Nicq, Xsk and Mcast objects. `close` may only be
 called when the last publication no longer has any of them.
 
-What it doesn't do: follow changes of MTU or queue count, or a device that is removed and comes back.
+What it doesn't do: follow changes of the queue count, or a device that is removed and comes back.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from ctypes import addressof, create_string_buffer
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
-from ..datapath import NICQ_PARTIAL_CSUM, Datapath, Mcast, Nicq, NicqConf, Xsk
+from ..datapath import NICQ_PARTIAL_CSUM, NICQ_SG, Datapath, Mcast, Nicq, NicqConf, Xsk
 from ..errors import NicError
 from ..links import ethtool
 from ..links.journal import Entry, Journal
-from ..links.netlink import Link, get_link
+from ..links.netlink import Link, device_mtu, get_link, link_name
 from ..links.nicprep import SOL_PACKET, AddressFilter, NicPrep
 from . import gsosock, libxdp
 from .capabilities import require
 from .maps import MAX_QUEUES, MAX_SLOTS
 from .program import PROGRAM, SteerProgram, refuse_occupied
-from .umem import RX_FRAMES, TX_FRAMES, chunk_for, lift_memlock_limit
-from .xsk import GuestSocket, QueueSockets, close_together
+from .umem import RX_FRAMES, TX_FRAMES, Framing, framing_for, lift_memlock_limit, too_large
+from .xsk import GuestSocket, QueueSockets, SeveralPiecesRefused, close_together
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,8 @@ class NicFacts:
     program_id: int
     bind_asked: str
     bind_in_use: str  # zerocopy or copy; mixed where the queues differ
-    chunk: int  # bytes a frame
+    chunk: int  # bytes a frame, or a piece of one
+    several_pieces: bool  # larger frames have several (XDP_USE_SG)
     umem_bytes: int  # a queue
     hugepages: str  # hugetlb, transparent or normal; mixed where the queues differ
     partial_checksums: bool  # local stacks send into it
@@ -124,7 +125,7 @@ class Nic:
         self.options = options
         self.iface = link.name
         self.ifindex = link.index
-        self.mtu = link.mtu
+        self.mtu = self._device_mtu = link.mtu
         self._mac = link.mac
         self.queues: list[Nicq] = []
         self.mcast: Mcast | None = None
@@ -134,6 +135,7 @@ class Nic:
         self._sockets: list[QueueSockets] = []
         self._guests: dict[int, _Guest] = {}
         self._gso, self._gso_fd = 0, -1
+        self._framing: Framing
         self._program: SteerProgram
         self._filter: AddressFilter
 
@@ -177,7 +179,7 @@ class Nic:
     def _open(self, journal: Journal) -> None:
         link = get_link(self.iface)
         refuse_occupied(self.ifindex, self.iface)
-        chunk = chunk_for(self.iface, self.mtu)
+        self._framing = framing_for(self.mtu)
 
         prep = NicPrep(link, journal)
         self._stack.callback(prep.undo)
@@ -201,16 +203,18 @@ class Nic:
         bind = "copy" if self._program.mode == "generic" and self.options.bind == "auto" else self.options.bind
         self._open_gso(link)
         for queue in range(nr_queues):
-            self._open_queue(queue, chunk, bind, partial)
+            self._open_queue(queue, bind, partial)
         self.mcast = self._owned(self._dp.mcast(groups.fileno()))
-        self.facts = self._facts(link, driver, partial, chunk, prep.warnings)
+        self.facts = self._facts(link, driver, partial, prep.warnings)
 
     def _attach(self, prep: NicPrep, nr_queues: int) -> None:
         """The journal's entry comes first, and learns the program's id afterwards."""
         prep.expect_side_effects()
         entry = prep.record("xdp", name=PROGRAM)
         try:
-            program = SteerProgram.attach(self.ifindex, self.iface, self.options.xdp_mode, nr_queues)
+            program = SteerProgram.attach(
+                self.ifindex, self.iface, self.options.xdp_mode, nr_queues, self._framing.several
+            )
         except BaseException:
             prep.done(entry)  # not undone by name: what is on the NIC by now may be another xdpvhost's
             raise
@@ -249,17 +253,20 @@ class Nic:
             self._stack.callback(sock.close)
             self._gso_fd = sock.fileno()
 
-    def _open_queue(self, queue: int, chunk: int, bind: str, partial: bool) -> None:
-        sockets = QueueSockets(self.iface, queue, chunk, bind)
+    def _open_queue(self, queue: int, bind: str, partial: bool) -> None:
+        try:
+            sockets = QueueSockets(self.iface, queue, self._framing, bind)
+        except SeveralPiecesRefused as exc:
+            raise too_large(self.iface, self.mtu, str(exc)) from exc
         self._stack.callback(sockets.close)
         self._sockets.append(sockets)
         conf = NicqConf(
             umem=sockets.memory.address,
             umem_size=sockets.memory.size,
-            chunk=chunk,
+            chunk=self._framing.chunk,
             rx_frames=RX_FRAMES,
             tx_frames=TX_FRAMES,
-            flags=NICQ_PARTIAL_CSUM if partial else 0,
+            flags=(NICQ_PARTIAL_CSUM if partial else 0) | (NICQ_SG if self._framing.several else 0),
             fill=sockets.fill,
             comp=sockets.completion,
             tx=sockets.tx,
@@ -274,7 +281,7 @@ class Nic:
         self._stack.callback(thing.close)
         return thing
 
-    def _facts(self, link: Link, driver: str, partial: bool, chunk: int, warnings: Sequence[str]) -> NicFacts:
+    def _facts(self, link: Link, driver: str, partial: bool, warnings: Sequence[str]) -> NicFacts:
         modes = {"zerocopy" if s.zerocopy else "copy" for s in self._sockets}
         pages = {s.memory.pages for s in self._sockets}
         return NicFacts(
@@ -291,7 +298,8 @@ class Nic:
             program_id=self._program.program_id,
             bind_asked=self.options.bind,
             bind_in_use=modes.pop() if len(modes) == 1 else "mixed",
-            chunk=chunk,
+            chunk=self._framing.chunk,
+            several_pieces=self._framing.several,
             umem_bytes=self._sockets[0].memory.size,
             hugepages=pages.pop() if len(pages) == 1 else "mixed",
             partial_checksums=partial,
@@ -384,6 +392,32 @@ class Nic:
             change(*args)
         except OSError as exc:
             log.error("interface %s: %s", self.iface, exc)
+
+    # ---- the device's MTU
+
+    def follow_mtu(self) -> bool:
+        """Take over the device's MTU as it is now, as far as the frames in use hold it; whether that changed ours.
+
+        Frames that are too large for them never come: the driver or the kernel's copy drops them (rx_dropped).
+        """
+        name = link_name(self.ifindex)
+        now = device_mtu(name) if name is not None else None
+        if now is None or now == self._device_mtu:
+            return False
+        self._device_mtu = now
+        usable = min(now, self._framing.largest_mtu)
+        if usable < now:
+            log.warning(
+                "interface %s: its MTU is now %d, and the frames in use hold %d: larger ones are dropped until "
+                "xdpvhost is started again",
+                self.iface, now, usable,
+            )  # fmt: skip
+        else:
+            log.info("interface %s: its MTU is now %d", self.iface, now)
+        changed = usable != self.mtu
+        self.mtu = usable
+        self.facts = replace(self.facts, mtu=usable)
+        return changed
 
     # ---- counters
 

@@ -90,7 +90,8 @@ def bpffs() -> str | None:
 class SteerProgram:
     """Our program, attached to one device. Owns the BPF object, and so the maps."""
 
-    def __init__(self, obj: BpfObject, handle: int, ifindex: int, nr_queues: int) -> None:
+    def __init__(self, obj: BpfObject, handle: int, ifindex: int, nr_queues: int, frags: bool) -> None:
+        self.frags = frags
         self._object: BpfObject | None = obj
         self._handle: int | None = handle
         self._ifindex = ifindex
@@ -110,17 +111,31 @@ class SteerProgram:
         self.maps.activate()
 
     @classmethod
-    def attach(cls, ifindex: int, iface: str, mode: str, nr_queues: int, path: Path = OBJECT) -> SteerProgram:
-        """Load and attach. `mode`: auto, native or generic. Raises NicError, and then nothing is attached."""
+    def attach(
+        cls, ifindex: int, iface: str, mode: str, nr_queues: int, frags: bool = False, path: Path = OBJECT
+    ) -> SteerProgram:
+        """Load and attach. `mode`: auto, native or generic; `frags`: there will be frames of several pieces.
+
+        Without `frags` a veth whose other end has a large MTU still wants a program that takes such frames: one is
+        tried when the other is refused. Raises NicError, and then nothing is attached.
+        """
         refuse_occupied(ifindex, iface)
         refusals: dict[str, str] = {}
+        attempts = [(frags, False), (frags, True)]  # with frames of several pieces; without libxdp's dispatcher
+        if not frags:
+            attempts += [(True, False), (True, True)]
         for candidate in ("native", "generic") if mode == "auto" else (mode,):
-            for skip in (False, True):
+            last: int | None = None
+            for pieces, skip in attempts:
+                if pieces != frags and last != errno.ERANGE:
+                    break
                 with captured_log() as lines:
                     try:
-                        program = cls._attempt(ifindex, candidate, nr_queues, path, skip)
+                        program = cls._attempt(ifindex, candidate, nr_queues, path, skip, pieces)
                     except OSError as exc:
-                        refusals[candidate] = _explain(exc, iface, candidate, [text for _, text in lines])
+                        last = exc.errno
+                        if pieces == frags:  # what was asked for is what the message is about
+                            refusals[candidate] = _explain(exc, iface, candidate, [text for _, text in lines])
                         if skip or exc.errno in (errno.ENOENT, errno.ENODEV):
                             _raise_if_hopeless(exc, iface, lines)
                         continue
@@ -130,16 +145,20 @@ class SteerProgram:
         raise NicError(f"interface {iface}: cannot attach the XDP program: {tried}")
 
     @classmethod
-    def _attempt(cls, ifindex: int, mode: str, nr_queues: int, path: Path, skip_dispatcher: bool) -> SteerProgram:
+    def _attempt(
+        cls, ifindex: int, mode: str, nr_queues: int, path: Path, skip_dispatcher: bool, frags: bool
+    ) -> SteerProgram:
         obj = BpfObject(path)
         handle: int | None = None
         try:
             size_maps(obj, nr_queues)
             handle = libxdp.program_from_object(obj.handle, SECTION)
+            if frags:
+                libxdp.allow_frags(handle)
             with libxdp.dispatcher_skipped(skip_dispatcher):
                 libxdp.attach(handle, ifindex, mode)
             try:
-                return cls(obj, handle, ifindex, nr_queues)
+                return cls(obj, handle, ifindex, nr_queues, frags)
             except BaseException:
                 libxdp.detach(handle, ifindex, mode)
                 raise

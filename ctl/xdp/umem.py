@@ -19,10 +19,12 @@ MAP_PRIVATE, MAP_ANONYMOUS, MAP_HUGETLB = 0x02, 0x20, 0x40000
 MADV_DONTFORK, MADV_HUGEPAGE = 10, 14
 MAP_FAILED = (1 << ctypes.sizeof(c_void_p) * 8) - 1
 
+MAX_MTU = 65535  # what an IP packet can have; 17 chunks of 4096 bytes hold it, as many as the kernel sends as one frame
 RX_FRAMES = 2048  # a queue's frames that wait for the NIC or lie in guests' rings; more would not fit the caches
 TX_FRAMES = 2048
 
 _XDP_HEADROOM = 256  # that the kernel keeps before every received frame
+_ETH_HEADER = 14
 _FRAME_OVERHEAD = 26  # Ethernet header, two VLAN tags, checksum: what zero-copy drivers must have room for
 
 
@@ -40,14 +42,31 @@ def largest_mtu(chunk: int) -> int:
     return (chunk - _XDP_HEADROOM) // 128 * 128 - _FRAME_OVERHEAD
 
 
-def chunk_for(iface: str, mtu: int) -> int:
-    """Bytes a frame: 2048 or 4096. Raises NicError when the MTU is too large for AF_XDP."""
+@dataclass(frozen=True)
+class Framing:
+    """How a queue's frames lie in UMEM: in one chunk each, or in several where they need it (XDP_USE_SG)."""
+
+    chunk: int  # bytes
+    several: bool
+
+    @property
+    def largest_mtu(self) -> int:
+        return MAX_MTU if self.several else largest_mtu(self.chunk)
+
+
+def framing_for(mtu: int) -> Framing:
+    """The smallest chunks that hold a frame; AF_XDP has none above a page (4096), so larger frames take several."""
     for chunk in (2048, 4096):
         if mtu <= largest_mtu(chunk):
-            return chunk
-    raise NicError(
-        f"interface {iface}: its MTU of {mtu} is too large, AF_XDP frames hold {largest_mtu(4096)}: "
-        f"`ip link set {iface} mtu {largest_mtu(4096)}` or less"
+            return Framing(chunk, several=False)
+    return Framing(4096, several=True)
+
+
+def too_large(iface: str, mtu: int, why: str) -> NicError:
+    most = largest_mtu(4096)
+    return NicError(
+        f"interface {iface}: its MTU of {mtu} is too large: frames over {most + _ETH_HEADER} bytes need several "
+        f"pieces, and {why}: `ip link set {iface} mtu {most}` or less"
     )
 
 

@@ -22,11 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from ..datapath import Ring
 from ..errors import NicError, PrivilegeError
 from . import libxdp
-from .umem import RX_FRAMES, TX_FRAMES, FrameMemory
+from .umem import RX_FRAMES, TX_FRAMES, FrameMemory, Framing
 
 AF_XDP, SOL_XDP = 44, 283
 XDP_STATISTICS, XDP_OPTIONS = 7, 8
-XDP_COPY, XDP_ZEROCOPY, XDP_USE_NEED_WAKEUP = 1 << 1, 1 << 2, 1 << 3
+XDP_COPY, XDP_ZEROCOPY, XDP_USE_NEED_WAKEUP, XDP_USE_SG = 1 << 1, 1 << 2, 1 << 3, 1 << 4
 XDP_OPTIONS_ZEROCOPY = 1
 
 BIND_MODES = {"auto": 0, "copy": XDP_COPY, "zerocopy": XDP_ZEROCOPY}
@@ -104,13 +104,27 @@ def close_together(sockets: Sequence[GuestSocket]) -> None:
         list(pool.map(os.close, last))
 
 
+_REFUSED = (errno.EOPNOTSUPP, errno.EINVAL, errno.EPROTONOSUPPORT)
+
+
+class SeveralPiecesRefused(Exception):
+    """The kernel does not bind a socket to this queue with XDP_USE_SG."""
+
+    def __init__(self, zerocopy: bool) -> None:
+        super().__init__(
+            "the driver has no zero-copy AF_XDP for those (or with --bind copy or auto)"
+            if zerocopy
+            else "this kernel has no AF_XDP for those (6.6 and later do)"
+        )
+
+
 class QueueSockets:
     """Frames, rings and base socket of one NIC queue."""
 
-    def __init__(self, iface: str, queue: int, chunk: int, bind: str) -> None:
-        """Raises NicError or PrivilegeError; nothing is left then."""
-        self.iface, self.queue, self.chunk = iface, queue, chunk
-        self._bind_flags = BIND_MODES[bind] | XDP_USE_NEED_WAKEUP
+    def __init__(self, iface: str, queue: int, framing: Framing, bind: str) -> None:
+        """Raises NicError, PrivilegeError or SeveralPiecesRefused; nothing is left then."""
+        self.iface, self.queue, self.framing = iface, queue, framing
+        self._bind_flags = BIND_MODES[bind] | XDP_USE_NEED_WAKEUP | (XDP_USE_SG if framing.several else 0)
         self._fill, self._comp, self._tx = libxdp.XskRing(), libxdp.XskRing(), libxdp.XskRing()
         self._memory: FrameMemory | None = None
         self._umem: int | None = None
@@ -119,14 +133,16 @@ class QueueSockets:
             self._open(bind)
         except OSError as exc:
             self.close()
+            if framing.several and exc.errno in _REFUSED:
+                raise SeveralPiecesRefused(bind == "zerocopy") from exc
             raise _explain(exc, iface, queue, bind) from exc
         except BaseException:
             self.close()
             raise
 
     def _open(self, bind: str) -> None:
-        self._memory = FrameMemory.allocate((RX_FRAMES + TX_FRAMES) * self.chunk)
-        config = libxdp.UmemConfig(FILL_ENTRIES, COMPLETION_ENTRIES, self.chunk, 0, 0)
+        self._memory = FrameMemory.allocate((RX_FRAMES + TX_FRAMES) * self.framing.chunk)
+        config = libxdp.UmemConfig(FILL_ENTRIES, COMPLETION_ENTRIES, self.framing.chunk, 0, 0)
         memory = self._memory
         self._umem = libxdp.make_umem(memory.address, memory.size, config, self._fill, self._comp)
         deadline = time.monotonic() + BUSY_DEADLINE
@@ -194,7 +210,7 @@ def _explain(error: OSError, iface: str, queue: int, bind: str) -> NicError | Pr
         return PrivilegeError(f"{what}: AF_XDP sockets need CAP_NET_RAW: run as root, or with that capability")
     if error.errno == errno.EBUSY:
         return NicError(f"{what}: another AF_XDP socket has it (`ss --xdp` or `xdp-loader status {iface}` tell which)")
-    if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.EPROTONOSUPPORT) and bind == "zerocopy":
+    if error.errno in _REFUSED and bind == "zerocopy":
         return NicError(f"{what}: its driver has no zero-copy AF_XDP here: use --bind auto or --bind copy")
     if error.errno == errno.EAFNOSUPPORT:
         return NicError(f"{what}: this kernel has no AF_XDP: it needs CONFIG_XDP_SOCKETS")

@@ -34,8 +34,8 @@ static void find_partial(const uint8_t *frame, uint32_t len, struct xv_view *vie
 
 	CHECK(exact);
 	memcpy(exact, frame, len);
-	*view = (struct xv_view){.len = len};
-	net_find_partial(len ? exact : exact + 1, len, view);
+	*view = (struct xv_view){.first = {len ? exact : exact + 1, len}, .len = len};
+	net_find_partial(view);
 	free(exact);
 	CHECK(!(view->flags & ~VIEW_NEEDS_CSUM));
 	if (view->flags) {

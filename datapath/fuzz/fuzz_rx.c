@@ -3,7 +3,7 @@
  * Fuzzer: a guest's receive ring, with and without mergeable buffers.
  *
  * The hostile guest lays out receive buffers; the NIC and both other guests send it frames of any length they may have,
- * some of which need their checksum finished. Senders wait for its buffers (with patience) or do not. Turns in between.
+ * some of which need their checksum finished, and the NIC's may come in pieces, whole or not. Senders wait for its buffers (with patience) or do not. Turns in between.
  * In isolated inputs the used lengths must add up to what the counters say was delivered; see fuzz.h for the rest.
  */
 #include "fuzz.h"
@@ -17,6 +17,15 @@ static void op_buffer(struct input *in)
 
 	for (uint32_t i = 0, step = in_step(in, len); i <= n; i++)
 		offer_chain(r, gpa + (uint64_t)i * len, len, step, table, VRING_DESC_F_WRITE);
+}
+
+/* In pieces of `step` bytes; the last one may say that there is more to come. */
+static void receive_pieces(const uint8_t *frame, uint32_t len, uint32_t step, bool whole)
+{
+	for (uint32_t at = 0; at < len; at += step)
+		if (!nic_receive_piece(&f.nic, frame + at, MIN(step, len - at),
+				       whole && at + step >= len ? 0 : XDP_PKT_CONTD))
+			break;
 }
 
 static void op_frame(struct input *in)
@@ -34,8 +43,10 @@ static void op_frame(struct input *in)
 		make_frame(frame, len, hostile_mac, f.peer[0].mac, (uint8_t)(how + i));
 		if (how & 8)
 			memset(frame, 0xff, 6);
-		if (how & 1)
-			nic_receive(&f.nic, frame, MIN(len, CHUNK - 256));
+		if (how & 1 && how & 16)
+			receive_pieces(frame, len, 1u + 7u * (how >> 6 & 1 ? n : len / 8) % PIECE, !(how & 32));
+		else if (how & 1)
+			nic_receive(&f.nic, frame, len);
 		else if (!peer_send(&f.peer[how >> 1 & 1 && !(how & 4)], &hdr, frame, len))
 			break;
 	}

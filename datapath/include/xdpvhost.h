@@ -112,6 +112,9 @@ struct xv_ring {
 };
 
 #define XV_NICQ_PARTIAL_CSUM 1u /* local stacks send into this device: frames may carry only a pseudo-header checksum */
+#define XV_NICQ_SG 2u           /* bound with XDP_USE_SG: a frame may have several pieces, each a chunk of its own */
+#define XV_NICQ_TX_CSUM 4u      /* the device finishes checksums: UMEM registered with XV_TX_METADATA bytes for it */
+#define XV_TX_METADATA 24u      /* sizeof(struct xsk_tx_metadata) */
 
 /* GSO frames that a device takes whole. */
 #define XV_NICQ_GSO_TCP4 1u

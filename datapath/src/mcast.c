@@ -14,7 +14,7 @@
 #include "port.h"
 
 #define SLOTS 16u
-#define SLOT_BYTES 16384u
+#define SLOT_BYTES ALIGN_UP(TAG + NET_MAX_FRAME, 64u)
 #define TAG 4u      /* room kept in front for a VLAN tag */
 #define MACS 12u    /* what stands before the tag */
 

@@ -71,15 +71,16 @@ bool net_parse(const uint8_t *frame, uint32_t len, struct net_headers *h)
 	return false;
 }
 
-void net_find_partial(const uint8_t *frame, uint32_t len, struct xv_view *view)
+void net_find_partial(struct xv_view *view)
 {
+	const uint8_t *frame = view->first.data;
 	struct net_headers h;
 	uint32_t field;
 
-	if (!net_parse(frame, len, &h) || h.end > len)
+	if (!net_parse(frame, view->first.len, &h) || h.end > view->len)
 		return;
 	field = net_csum_field(h.protocol);
-	if (!field || h.end - h.transport < field + 2)
+	if (!field || MIN(h.end, view->first.len) < h.transport + field + 2)
 		return;
 	if (csum_load16(frame + h.transport + field) != net_pseudo_sum(&h, h.end - h.transport))
 		return;

@@ -135,10 +135,10 @@ static inline uint16_t net_csum_finish(uint64_t sum)
 }
 
 /*
- * Whether this TCP or UDP frame (one piece, len bytes) carries only its pseudo-header's sum, as a local stack leaves
- * it for the device to finish (CHECKSUM_PARTIAL); if so, sets csum_start, csum_offset and VIEW_NEEDS_CSUM. A finished
- * checksum that happens to look so is marked too: finishing it again gives the same checksum.
+ * Whether this TCP or UDP frame (its headers in the first piece) carries only its pseudo-header's sum, as a local stack
+ * leaves it for the device to finish (CHECKSUM_PARTIAL); if so, sets csum_start, csum_offset and VIEW_NEEDS_CSUM. A
+ * finished checksum that happens to look so is marked too: finishing it again gives the same checksum.
  */
-void net_find_partial(const uint8_t *frame, uint32_t len, struct xv_view *view);
+void net_find_partial(struct xv_view *view);
 
 #endif

@@ -44,12 +44,29 @@ uint32_t guest_tx_burst(struct xv_vring *vr, const struct xv_view *const *views,
 
 /* ---- NIC queue (xsk.c) ---- */
 
+/* What the headers of Debian 12 do not have yet (linux/if_xdp.h) */
+#ifndef XDP_PKT_CONTD
+#define XDP_PKT_CONTD (1 << 0)   /* in desc.options: the frame goes on in the next descriptor */
+#endif
+#ifndef XDP_TX_METADATA
+#define XDP_TX_METADATA (1 << 1) /* in desc.options: struct tx_metadata stands before the frame */
+#define XDP_TXMD_FLAGS_CHECKSUM (1 << 1)
+#endif
+
+struct tx_metadata { /* struct xsk_tx_metadata, as a request; 16 bytes of it are older than launch_time */
+	uint64_t flags;
+	uint16_t csum_start, csum_offset; /* from the Ethernet header */
+	uint64_t launch_time;
+};
+
 struct xv_nicq {
 	uint8_t *umem;
 	uint64_t umem_size;
 	uint32_t chunk, flags, queue;
 	int fd, gso_fd;
 	uint32_t gso; /* GSO_BITs of frames for gso_fd */
+	uint32_t head;  /* bytes at the beginning of a chunk that is sent, for struct tx_metadata */
+	uint32_t most;  /* bytes of the longest frame that can be sent */
 	struct {
 		uint32_t *producer, *consumer, *flags;
 		uint64_t *ring;
@@ -76,17 +93,22 @@ struct xv_xsk {
 	struct xdp_desc *ring;
 	uint32_t mask, size;
 	uint32_t cons;  /* first entry not yet released */
-	uint32_t keep;  /* frames it may hold back while its guest has no buffers; set by xv_publish() */
+	uint32_t keep;  /* pieces it may hold back while its guest has no buffers; set by xv_publish() */
 	struct xv_vring *stalled_on;
 	struct source rx;
 	struct xv_xsk_counters counters;
 };
 
-/* View received frames, without consuming them. */
-void xsk_rx_burst(struct xv_xsk *xsk, struct xv_burst *burst);
-/* Consume the first n and give them to the fill ring. */
+/*
+ * View received frames, without consuming them. A frame of several pieces is one view, never a part of it. Answers how
+ * many frames were thrown away instead, because no guest takes one so long.
+ */
+uint32_t xsk_rx_burst(struct xv_xsk *xsk, struct xv_burst *burst);
+/* Consume the first n frames and give their pieces to the fill ring. */
 void xsk_rx_release(struct xv_xsk *xsk, uint32_t n);
-/* Frames that wait in the ring. */
+/* Throw the oldest frames away until at most `keep` pieces wait; answers how many frames. */
+uint32_t xsk_rx_trim(struct xv_xsk *xsk);
+/* Pieces that wait in the ring: as many frames, where a frame has but one. */
 uint32_t xsk_backlog(const struct xv_xsk *xsk);
 /* Copy frames into UMEM and queue them; those that cannot be sent are counted in `drops` of their sender. */
 void nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uint32_t n, uint32_t max_len, uint64_t *drops);

@@ -94,6 +94,13 @@ static void cut_to_guest(struct xv_vring *vr, const struct xv_view *view, struct
 	}
 }
 
+void switch_drop(const struct snapshot *snap, uint32_t index, uint32_t hint, enum xv_drop why, uint32_t n)
+{
+	struct xv_guest *guest = snap->ports[index].guest;
+
+	drop_rx(&guest->queues[hint % guest->max_pairs], why, n);
+}
+
 uint32_t switch_to_guest(const struct snapshot *snap, uint32_t index, uint32_t hint, const struct xv_view *const *views,
 			 uint32_t n, struct call_ctx *ctx, struct xv_vring **stalled)
 {
@@ -102,7 +109,7 @@ uint32_t switch_to_guest(const struct snapshot *snap, uint32_t index, uint32_t h
 	uint32_t done;
 
 	if (unlikely(!vr)) {
-		drop_rx(&port->guest->queues[hint % port->guest->max_pairs], XV_DROP_NOT_CONNECTED, n);
+		switch_drop(snap, index, hint, XV_DROP_NOT_CONNECTED, n);
 		return n;
 	}
 	for (done = 0; done < n;) {

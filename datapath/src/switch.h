@@ -31,6 +31,8 @@ uint32_t switch_burst(const struct snapshot *snap, const struct origin *from, st
 /* Forward a burst that XDP has already found to be for one guest. The same answer. */
 uint32_t switch_to_guest(const struct snapshot *snap, uint32_t port, uint32_t hint, const struct xv_view *const *views,
 			 uint32_t n, struct call_ctx *ctx, struct xv_vring **stalled);
+/* Count frames that were for a guest (its place in the snapshot) and were dropped. */
+void switch_drop(const struct snapshot *snap, uint32_t port, uint32_t hint, enum xv_drop why, uint32_t n);
 /* Count frames dropped because the guest had no buffers for them. */
 void switch_drop_stalled(struct xv_vring *stalled, uint32_t n);
 

@@ -38,9 +38,9 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 	struct xv_xsk *xsk = source->xsk;
 	const struct xv_view *views[XV_BURST];
 	struct xv_vring *stalled = NULL;
-	uint32_t backlog = xsk_backlog(xsk), done;
+	uint32_t done, dropped = 0;
 
-	if (!backlog)
+	if (!xsk_backlog(xsk))
 		return false;
 	if (unlikely(xsk->stalled_on && vring_usable(xsk->stalled_on) && !vring_has_buffers(xsk->stalled_on))) {
 		stalled = xsk->stalled_on;
@@ -48,7 +48,9 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 	} else {
 		uint32_t join = snap->ports[source->port].join, frames[XV_BURST], n;
 
-		xsk_rx_burst(xsk, &w->burst);
+		dropped = xsk_rx_burst(xsk, &w->burst);
+		if (unlikely(dropped))
+			switch_drop(snap, source->port, source->hint, XV_DROP_TOO_BIG, dropped);
 		n = w->burst.nr;
 		if (join) {
 			n = gso_join(w->burst.views, n, join, &w->calls.room, frames);
@@ -61,16 +63,16 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 		}
 		count(w->counters.packets, done);
 	}
+	xsk_rx_release(xsk, done);
 	xsk->stalled_on = stalled;
 	if (unlikely(stalled)) {
+		uint32_t oldest = xsk_rx_trim(xsk); /* they make room */
+
 		w->rx_stalls |= stalled->kick.epfd != w->epfd;
-		if (backlog - done > xsk->keep) { /* the oldest make room */
-			switch_drop_stalled(stalled, backlog - done - xsk->keep);
-			done = backlog - xsk->keep;
-		}
+		switch_drop_stalled(stalled, oldest);
+		dropped += oldest;
 	}
-	xsk_rx_release(xsk, done);
-	return done;
+	return done + dropped;
 }
 
 /* Cycles that the ring may still wait for a receiver; `waiting`: it has waited since the last call. */

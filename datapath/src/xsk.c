@@ -8,6 +8,12 @@
  * TX and completion ring are as large as that herd. Each ring's cursor that we own is kept here and written to the
  * shared ring once a burst.
  *
+ * With XDP_USE_SG a frame may have several pieces, in consecutive entries of the RX or TX ring, each a chunk of UMEM of
+ * its own; all but the last say XDP_PKT_CONTD. A received one becomes one view of several segments, once all of it is
+ * there; one that is sent gets all its chunks at once, or is dropped. What counts chunks (`keep`, rings) counts pieces.
+ *
+ * Where the device finishes checksums, each chunk that is sent begins with room for struct tx_metadata (`head`).
+ *
  * In copy mode the kernel sends only inside sendto(), 32 frames a call; EBUSY means that it took one frame and dropped
  * it. Zero-copy drivers ask for a call with XDP_RING_NEED_WAKEUP.
  */
@@ -21,6 +27,7 @@
 #include "port.h"
 
 #define FLUSH_CALLS 64u /* sendto() calls in one flush: the whole TX ring, and no more than that */
+#define TX_PIECES 17u   /* of one frame: what xsk_build_skb() takes with the least MAX_SKB_FRAGS there is */
 
 uint32_t xsk_backlog(const struct xv_xsk *xsk)
 {
@@ -28,40 +35,26 @@ uint32_t xsk_backlog(const struct xv_xsk *xsk)
 	return load_acquire(xsk->producer) - xsk->cons;
 }
 
-void xsk_rx_burst(struct xv_xsk *xsk, struct xv_burst *burst)
+/* Pieces of the frame that begins `at` entries behind the cursor; 0: its end is not among the `ready` ones. */
+static uint32_t frame_pieces(const struct xv_xsk *xsk, uint32_t at, uint32_t ready)
 {
-	const struct xv_nicq *nicq = xsk->nicq;
-	const bool partial = nicq->flags & XV_NICQ_PARTIAL_CSUM;
-	uint32_t n = MIN(xsk_backlog(xsk), XV_BURST);
-
-	burst->nr = n;
-	burst->nr_segs = 0;
-	for (uint32_t i = 0; i < n; i++)
-		prefetch(nicq->umem + xsk->ring[(xsk->cons + i) & xsk->mask].addr);
-	for (uint32_t i = 0; i < n; i++) {
-		const struct xdp_desc *desc = &xsk->ring[(xsk->cons + i) & xsk->mask];
-		struct xv_view *view = &burst->views[i];
-
-		view->first = (struct xv_seg){nicq->umem + desc->addr, desc->len};
-		view->len = desc->len;
-		view->nr_more = 0;
-		view->flags = 0;
-		view->gso_type = 0;
-		if (partial)
-			net_find_partial(view->first.data, view->len, view);
-	}
+	for (uint32_t n = 1; at + n <= ready; n++)
+		if (!(xsk->ring[(xsk->cons + at + n - 1) & xsk->mask].options & XDP_PKT_CONTD))
+			return n;
+	return 0;
 }
 
-void xsk_rx_release(struct xv_xsk *xsk, uint32_t n)
+/* Consume entries and give their chunks to the fill ring; they were `frames` frames that somebody wanted. */
+static void give_back(struct xv_xsk *xsk, uint32_t pieces, uint32_t frames)
 {
 	struct xv_nicq *nicq = xsk->nicq;
 	uint64_t bytes = 0;
 	bool wake;
 
-	if (!n)
+	if (!pieces)
 		return;
 	spin_lock(&nicq->fill_lock);
-	for (uint32_t i = 0; i < n; i++) {
+	for (uint32_t i = 0; i < pieces; i++) {
 		const struct xdp_desc *desc = &xsk->ring[(xsk->cons + i) & xsk->mask];
 
 		nicq->fill.ring[nicq->fill_prod++ & nicq->fill.mask] = ALIGN_DOWN(desc->addr, nicq->chunk);
@@ -71,12 +64,97 @@ void xsk_rx_release(struct xv_xsk *xsk, uint32_t n)
 	store_release(nicq->fill.producer, nicq->fill_prod);
 	wake = load_once(nicq->fill.flags) & XDP_RING_NEED_WAKEUP;
 	spin_unlock(&nicq->fill_lock);
-	xsk->cons += n;
+	xsk->cons += pieces;
 	store_release(xsk->consumer, xsk->cons);
-	count(xsk->counters.packets, n);
+	count(xsk->counters.packets, frames);
 	count(xsk->counters.bytes, bytes);
 	if (unlikely(wake)) /* only zero-copy drivers ask; the socket must be one that receives */
 		recvfrom(xsk->rx.fd, NULL, 0, MSG_DONTWAIT, NULL, NULL);
+}
+
+/* Add the pieces behind the first to a view; false when they are too many or too long. */
+static bool view_pieces(const struct xv_xsk *xsk, uint32_t at, uint32_t pieces, struct xv_view *view, struct xv_burst *burst)
+{
+	if (pieces - 1 > XV_BURST_SEGS - burst->nr_segs)
+		return false;
+	view->more = &burst->segs[burst->nr_segs];
+	for (uint32_t i = 1; i < pieces; i++) {
+		const struct xdp_desc *desc = &xsk->ring[(xsk->cons + at + i) & xsk->mask];
+
+		burst->segs[burst->nr_segs++] = (struct xv_seg){xsk->nicq->umem + desc->addr, desc->len};
+		view->len += desc->len;
+	}
+	view->nr_more = (uint16_t)(pieces - 1);
+	return view->len <= NET_MAX_FRAME;
+}
+
+/* xsk_rx_burst(); `contd` is XDP_PKT_CONTD, or a constant 0 where frames have but one piece. */
+static inline always_inline uint32_t view_burst(struct xv_xsk *xsk, struct xv_burst *burst, uint32_t contd)
+{
+	const struct xv_nicq *nicq = xsk->nicq;
+	const bool partial = nicq->flags & XV_NICQ_PARTIAL_CSUM;
+	uint32_t ready = xsk_backlog(xsk), at = 0, nr = 0;
+
+	burst->nr = 0;
+	burst->nr_segs = 0;
+	for (uint32_t i = 0; i < MIN(ready, XV_BURST); i++)
+		prefetch(nicq->umem + xsk->ring[(xsk->cons + i) & xsk->mask].addr);
+	for (; nr < XV_BURST && at < ready; nr++) {
+		const struct xdp_desc *desc = &xsk->ring[(xsk->cons + at) & xsk->mask];
+		struct xv_view *view = &burst->views[nr];
+		uint32_t pieces = 1;
+
+		view->first = (struct xv_seg){nicq->umem + desc->addr, desc->len};
+		view->len = desc->len;
+		view->nr_more = 0;
+		view->flags = 0;
+		view->gso_type = 0;
+		if (desc->options & contd) {
+			pieces = frame_pieces(xsk, at, ready);
+			if (!pieces && ready <= xsk->mask)
+				break; /* the rest is still to come */
+			if (!pieces || !view_pieces(xsk, at, pieces, view, burst)) {
+				if (at)
+					break; /* for the next burst, which has room, or finds it first */
+				give_back(xsk, pieces ? pieces : ready, 1);
+				return 1;
+			}
+		}
+		if (partial)
+			net_find_partial(view);
+		at += pieces;
+	}
+	burst->nr = nr;
+	return 0;
+}
+
+uint32_t xsk_rx_burst(struct xv_xsk *xsk, struct xv_burst *burst)
+{
+	return xsk->nicq->flags & XV_NICQ_SG ? view_burst(xsk, burst, XDP_PKT_CONTD) : view_burst(xsk, burst, 0);
+}
+
+void xsk_rx_release(struct xv_xsk *xsk, uint32_t n)
+{
+	uint32_t pieces = n;
+
+	if (unlikely(xsk->nicq->flags & XV_NICQ_SG)) {
+		pieces = 0;
+		for (uint32_t i = 0; i < n; i++)
+			pieces += frame_pieces(xsk, pieces, UINT32_MAX); /* they were viewed: their ends are there */
+	}
+	give_back(xsk, pieces, n);
+}
+
+uint32_t xsk_rx_trim(struct xv_xsk *xsk)
+{
+	uint32_t ready = xsk_backlog(xsk), at = 0, frames = 0, pieces;
+
+	while (ready - at > xsk->keep && (pieces = frame_pieces(xsk, at, ready))) {
+		at += pieces;
+		frames++;
+	}
+	give_back(xsk, at, frames);
+	return frames;
 }
 
 /* Take sent frames back. Called with tx_lock. */
@@ -85,35 +163,116 @@ static void reap(struct xv_nicq *nicq)
 	uint32_t n = load_acquire(nicq->comp.producer) - nicq->comp_cons;
 
 	for (uint32_t i = 0; i < n; i++)
-		nicq->free[nicq->nr_free++] = nicq->comp.ring[(nicq->comp_cons + i) & nicq->comp.mask];
+		nicq->free[nicq->nr_free++] = ALIGN_DOWN(nicq->comp.ring[(nicq->comp_cons + i) & nicq->comp.mask], nicq->chunk);
 	nicq->comp_cons += n;
 	if (n)
 		store_release(nicq->comp.consumer, nicq->comp_cons);
 }
 
-/* The frame in one piece at `to`, its checksum finished; bytes copied. */
-static uint32_t linearize(uint8_t *to, const struct xv_view *view)
+/* Where the bytes of a frame go: from chunk to chunk. */
+struct place {
+	const struct xv_nicq *nicq;
+	const uint64_t *chunk; /* the current one; the next is below it in the free stack */
+	uint8_t *to;
+	uint32_t left;         /* of the current chunk */
+};
+
+static struct place place_at(const struct xv_nicq *nicq, const uint64_t *first, uint32_t offset)
 {
-	const bool finish = view->flags & VIEW_NEEDS_CSUM;
+	const uint32_t room = nicq->chunk - nicq->head;
+
+	first -= offset / room;
+	offset %= room;
+	return (struct place){nicq, first, nicq->umem + *first + nicq->head + offset, room - offset};
+}
+
+/* Copy, or copy and sum, a piece of the frame. */
+static void place_bytes(struct place *place, const uint8_t *from, uint32_t len, struct csum *csum)
+{
+	while (len) {
+		uint32_t piece;
+
+		if (unlikely(!place->left))
+			*place = place_at(place->nicq, place->chunk - 1, 0);
+		piece = MIN(len, place->left);
+		if (csum)
+			csum_add(csum, csum_copy(place->to, from, piece), piece);
+		else
+			xv_copy(place->to, from, piece);
+		from += piece;
+		len -= piece;
+		place->to += piece;
+		place->left -= piece;
+	}
+}
+
+/* A frame of several pieces, or for several chunks, or with a checksum to be finished (`finish`); bytes copied. */
+static uint32_t place_frame(const struct xv_nicq *nicq, const uint64_t *first, const struct xv_view *view, bool finish)
+{
 	uint32_t start = finish ? view->csum_start : view->len, done = 0;
+	struct place place = place_at(nicq, first, 0);
 	struct csum csum = {0, false};
 
 	for (uint32_t i = 0; i <= view->nr_more; i++) {
 		const struct xv_seg *seg = i ? &view->more[i - 1] : &view->first;
 		uint32_t plain = start > done ? MIN(start - done, seg->len) : 0;
 
-		if (plain)
-			xv_copy(to + done, seg->data, plain);
-		if (plain < seg->len)
-			csum_add(&csum, csum_copy(to + done + plain, seg->data + plain, seg->len - plain), seg->len - plain);
+		place_bytes(&place, seg->data, plain, NULL);
+		place_bytes(&place, seg->data + plain, seg->len - plain, &csum);
 		done += seg->len;
 	}
 	if (finish) {
 		uint16_t sum = net_csum_finish(csum.sum);
 
-		memcpy(to + view->csum_start + view->csum_offset, &sum, sizeof(sum));
+		place = place_at(nicq, first, view->csum_start + view->csum_offset);
+		place_bytes(&place, (const uint8_t *)&sum, sizeof(sum), NULL);
 	}
 	return done;
+}
+
+/* Ask the device to finish the checksum. False when it would have to look behind the first chunk for the field. */
+static bool ask_csum(const struct xv_nicq *nicq, uint64_t chunk, const struct xv_view *view)
+{
+	const struct tx_metadata request = {XDP_TXMD_FLAGS_CHECKSUM, view->csum_start, view->csum_offset, 0};
+
+	if (view->csum_start + view->csum_offset + 2u > nicq->chunk - nicq->head)
+		return false;
+	memcpy(nicq->umem + chunk, &request, sizeof(request));
+	return true;
+}
+
+/* Queue a piece of a frame, and take its chunk off the free stack. */
+static inline void queue_piece(struct xv_nicq *nicq, uint32_t len, uint32_t options)
+{
+	struct xdp_desc *desc = &nicq->tx.ring[nicq->tx_prod++ & nicq->tx.mask];
+
+	desc->addr = nicq->free[--nicq->nr_free] + nicq->head;
+	desc->len = len;
+	desc->options = options;
+}
+
+/*
+ * Place and queue what is not simply one piece for one chunk; bytes copied, 0 when there are not enough chunks. Sets
+ * `finished` when the checksum was finished here.
+ */
+static uint32_t queue_slow(struct xv_nicq *nicq, const struct xv_view *view, bool *finished)
+{
+	const uint32_t room = nicq->chunk - nicq->head, chunks = (view->len + room - 1) / room;
+	const uint64_t *first = &nicq->free[nicq->nr_free - 1];
+	uint32_t options = 0, copied, left = view->len;
+
+	if (nicq->nr_free < chunks)
+		return 0;
+	*finished = view->flags & VIEW_NEEDS_CSUM;
+	if (*finished && nicq->head && ask_csum(nicq, *first, view)) {
+		options = XDP_TX_METADATA;
+		*finished = false;
+	}
+	copied = place_frame(nicq, first, view, *finished);
+	for (; left > room; left -= room, options = 0) /* metadata belong to the first piece */
+		queue_piece(nicq, room, options | XDP_PKT_CONTD);
+	queue_piece(nicq, left, options);
+	return copied;
 }
 
 /* A frame longer than an untagged one may be: whether its VLAN tags, two at most, account for it. */
@@ -125,22 +284,22 @@ static bool tagged_fits(const struct xv_nicq *nicq, const struct xv_view *view, 
 	view_peek(view, header, sizeof(header));
 	for (uint32_t at = 12; tags < 2 && net_is_tag(header + at); at += 4)
 		tags++;
-	return view->len <= MIN(max_len + 4 * tags, nicq->chunk);
+	return view->len <= MIN(max_len + 4 * tags, nicq->most);
 }
 
 void nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uint32_t n, uint32_t max_len, uint64_t *drops)
 {
+	const uint32_t room = nicq->chunk - nicq->head;
 	struct xv_nicq_counters *counters = &nicq->counters;
 	uint64_t packets = 0, bytes = 0, copied = 0, finished = 0;
 
 	if (unlikely(load_once(&nicq->nr_free) < n)) /* asked without the lock: at worst one flush too many or too few */
 		nicq_tx_flush(nicq);
+	max_len = MIN(max_len, nicq->most);
 	spin_lock(&nicq->tx_lock);
 	reap(nicq); /* at once, not when frames run out: those sent last are still in the cache */
 	for (uint32_t i = 0; i < n; i++) {
 		const struct xv_view *view = views[i];
-		struct xdp_desc *desc;
-		uint64_t addr;
 
 		if (unlikely(view->len > max_len) && !tagged_fits(nicq, view, max_len)) {
 			count(drops[XV_DROP_TOO_BIG], 1);
@@ -150,20 +309,23 @@ void nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uin
 			count(drops[XV_DROP_NO_FRAMES], 1);
 			continue;
 		}
-		addr = nicq->free[--nicq->nr_free];
-		if (likely(!view->nr_more && !view->flags)) {
-			xv_copy(nicq->umem + addr, view->first.data, view->first.len);
-			copied += view->first.len;
+		if (likely(!view->nr_more && !view->flags && view->len <= room)) {
+			xv_copy(nicq->umem + nicq->free[nicq->nr_free - 1] + nicq->head, view->first.data, view->first.len);
+			queue_piece(nicq, view->len, 0);
+			copied += view->len;
 		} else {
-			copied += linearize(nicq->umem + addr, view);
+			bool csum;
+			uint32_t placed = queue_slow(nicq, view, &csum);
+
+			if (unlikely(!placed)) {
+				count(drops[XV_DROP_NO_FRAMES], 1);
+				continue;
+			}
+			copied += placed;
+			finished += csum;
 		}
-		desc = &nicq->tx.ring[nicq->tx_prod++ & nicq->tx.mask];
-		desc->addr = addr;
-		desc->len = view->len;
-		desc->options = 0;
 		packets++;
 		bytes += view->len;
-		finished += view->flags & VIEW_NEEDS_CSUM;
 	}
 	store_release(nicq->tx.producer, nicq->tx_prod);
 	count(counters->tx_packets, packets);
@@ -223,7 +385,7 @@ int xv_nicq_new(const struct xv_nicq_conf *conf, struct xv_nicq **out)
 
 	if (!conf->umem || !conf->chunk || conf->chunk & (conf->chunk - 1) || frames * conf->chunk > conf->umem_size ||
 	    !ring_fits(&conf->fill, conf->rx_frames) || !ring_fits(&conf->comp, conf->tx_frames) ||
-	    !ring_fits(&conf->tx, conf->tx_frames))
+	    !ring_fits(&conf->tx, conf->tx_frames) || conf->chunk <= XV_TX_METADATA)
 		return -EINVAL;
 	nicq = aligned_alloc(64, ALIGN_UP(sizeof(*nicq), 64));
 	if (!nicq)
@@ -238,6 +400,8 @@ int xv_nicq_new(const struct xv_nicq_conf *conf, struct xv_nicq **out)
 	nicq->umem_size = conf->umem_size;
 	nicq->chunk = conf->chunk;
 	nicq->flags = conf->flags;
+	nicq->head = conf->flags & XV_NICQ_TX_CSUM ? XV_TX_METADATA : 0;
+	nicq->most = (nicq->chunk - nicq->head) * (conf->flags & XV_NICQ_SG ? TX_PIECES : 1);
 	nicq->queue = conf->queue;
 	nicq->fd = conf->fd;
 	nicq->gso_fd = conf->gso_fd;
@@ -298,7 +462,7 @@ void xv_xsk_free(struct xv_xsk *xsk)
 	if (!xsk)
 		return;
 	while ((backlog = xsk_backlog(xsk))) /* no worker sees it any more */
-		xsk_rx_release(xsk, backlog);
+		give_back(xsk, backlog, 0);
 	free(xsk);
 }
 

@@ -242,31 +242,52 @@ static inline void nic_free(struct nic_side *n)
 	free(n->umem);
 }
 
-/* The kernel receives a frame for the guest: false when the fill ring is empty. */
-static inline bool nic_receive(struct nic_side *n, const uint8_t *frame, uint32_t len)
+#define PIECE (CHUNK - 256u) /* what the kernel puts into a chunk */
+
+/* The kernel receives one piece of a frame for the guest: false when a ring has no room. */
+static inline bool nic_receive_piece(struct nic_side *n, const uint8_t *piece, uint32_t len, uint32_t options)
 {
 	uint64_t addr;
 
 	if (n->fill_c == n->fill_p || n->rx_p - n->rx_c == FRAMES)
 		return false;
 	addr = n->fill[n->fill_c++ % FRAMES] + 256;
-	memcpy(n->umem + addr, frame, len);
-	n->rx[n->rx_p % FRAMES] = (struct xdp_desc){addr, len, 0};
+	memcpy(n->umem + addr, piece, len);
+	n->rx[n->rx_p % FRAMES] = (struct xdp_desc){addr, len, options};
 	store_release(&n->rx_p, n->rx_p + 1);
 	return true;
+}
+
+/* A whole frame, in as many pieces as it takes: false, and nothing has happened, when there is no room. */
+static inline bool nic_receive(struct nic_side *n, const uint8_t *frame, uint32_t len)
+{
+	uint32_t pieces = (len + PIECE - 1) / PIECE;
+
+	if (n->fill_p - n->fill_c < pieces || FRAMES - (n->rx_p - n->rx_c) < pieces)
+		return false;
+	for (; len > PIECE; len -= PIECE, frame += PIECE)
+		nic_receive_piece(n, frame, PIECE, XDP_PKT_CONTD);
+	return nic_receive_piece(n, frame, len, 0);
 }
 
 /* The kernel sends the next frame: its length, 0 when there is none. */
 static inline uint32_t nic_send(struct nic_side *n, uint8_t *to)
 {
-	const struct xdp_desc *desc = &n->tx[n->tx_c % FRAMES];
+	uint32_t len = 0;
+	bool more = n->tx_c != n->tx_p;
 
-	if (n->tx_c == n->tx_p)
-		return 0;
-	memcpy(to, n->umem + desc->addr, desc->len);
-	n->comp[n->comp_p++ % FRAMES] = desc->addr;
-	n->tx_c++;
-	return desc->len;
+	while (more) {
+		const struct xdp_desc *desc = &n->tx[n->tx_c % FRAMES];
+
+		CHECK(n->tx_c != n->tx_p); /* all pieces were published together */
+		CHECK(desc->len && desc->addr % CHUNK + desc->len <= CHUNK);
+		memcpy(to + len, n->umem + desc->addr, desc->len);
+		n->comp[n->comp_p++ % FRAMES] = desc->addr;
+		n->tx_c++;
+		len += desc->len;
+		more = desc->options & XDP_PKT_CONTD;
+	}
+	return len;
 }
 
 /* ---- both in one switch ---- */
@@ -275,7 +296,7 @@ struct world {
 	struct xv_dp *dp;
 	struct driver guests[3];
 	struct nic_side nic;
-	uint32_t nr_guests;
+	uint32_t nr_guests, mtu; /* mtu 0: 1500 */
 };
 
 static inline void world_publish(struct world *w)
@@ -285,7 +306,7 @@ static inline void world_publish(struct world *w)
 	struct xv_vring *rings[3][4];
 	struct xv_nicq *queues[1] = {w->nic.nicq};
 	struct xv_xsk *xsks[1] = {w->nic.xsk};
-	struct xv_nic_conf nic = {(uintptr_t)queues, 0, 1, 1500};
+	struct xv_nic_conf nic = {(uintptr_t)queues, 0, 1, w->mtu ? w->mtu : 1500};
 	struct xv_snapshot_conf conf = {(uintptr_t)guests, (uintptr_t)&nic, (uintptr_t)macs, w->nr_guests, 1,
 					2 * w->nr_guests, 0};
 

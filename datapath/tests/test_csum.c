@@ -46,13 +46,19 @@ static void each_spec(void (*visit)(const struct spec *))
 						visit(&(struct spec){family, protocols[p], tags, options, payload});
 }
 
+static void find_partial(uint8_t *frame, uint32_t len, struct xv_view *view)
+{
+	*view = (struct xv_view){.first = {frame, len}, .len = len};
+	net_find_partial(view);
+}
+
 static void find_visit(const struct spec *s)
 {
 	static struct built f;
-	struct xv_view view = {0};
+	struct xv_view view;
 
 	build(&f, s, a_mac, b_mac);
-	net_find_partial(f.bytes, f.len, &view);
+	find_partial(f.bytes, f.len, &view);
 	CHECK_EQ(view.flags, VIEW_NEEDS_CSUM);
 	CHECK_EQ(view.csum_start, f.transport);
 	CHECK_EQ(view.csum_offset, f.field);
@@ -60,25 +66,23 @@ static void find_visit(const struct spec *s)
 		uint8_t *cut = malloc(len ? len : 1);
 
 		memcpy(cut, f.bytes, len);
-		view.flags = 0;
-		net_find_partial(cut, len, &view);
+		find_partial(cut, len, &view);
 		CHECK_EQ(view.flags, 0);
 		free(cut);
 	}
 	f.bytes[f.transport + f.field] ^= 0x55; /* a finished checksum */
-	view.flags = 0;
-	net_find_partial(f.bytes, f.len, &view);
+	find_partial(f.bytes, f.len, &view);
 	CHECK_EQ(view.flags, 0);
 }
 
 static void test_fragments_are_left_alone(void)
 {
 	static struct built f;
-	struct xv_view view = {0};
+	struct xv_view view;
 
 	build(&f, &(struct spec){4, IPPROTO_UDP, 0, 0, 100}, a_mac, b_mac);
 	f.bytes[14 + 6] = 0x20; /* more fragments */
-	net_find_partial(f.bytes, f.len, &view);
+	find_partial(f.bytes, f.len, &view);
 	CHECK_EQ(view.flags, 0);
 }
 

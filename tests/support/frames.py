@@ -92,7 +92,7 @@ class PacketSocket:
         """Everything that has arrived since the socket was opened."""
         while True:
             try:
-                frame, address = self.socket.recvfrom(65536)
+                frame, address = self.socket.recvfrom(1 << 17)
             except BlockingIOError:
                 return self.frames
             if address[2] != PACKET_OUTGOING:

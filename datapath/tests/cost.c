@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * What a frame costs the worker: `make cost` counts instructions (callgrind), which say the same on every run, and the
+ * program alone prints cycles. Kernel and guest are played here and not counted: only worker_turn() is.
+ *
+ *     build/cost WAY BYTES ROUNDS    WAY: in (NIC to guest) or out (guest to NIC)
+ */
+#include "harness.h"
+
+#define RING 256u
+
+/* The guest takes what came, and offers the same buffers again. */
+static void recycle(struct ring *r)
+{
+	int head;
+
+	while ((head = ring_reap(r, NULL)) >= 0)
+		ring_offer(r, (uint16_t)head);
+}
+
+int main(int argc, char **argv)
+{
+	const bool in = argc > 1 && !strcmp(argv[1], "in");
+	const uint32_t len = argc > 2 ? (uint32_t)atoi(argv[2]) : 64, rounds = argc > 3 ? (uint32_t)atoi(argv[3]) : 1000;
+	uint8_t frame[CHUNK], sent[CHUNK];
+	uint64_t cycles = 0, frames;
+	struct driver *d;
+	struct ring *r;
+	struct world w;
+
+	CHECK(len >= 14 && len <= CHUNK - 256);
+	world_init(&w, 1, FEATURES | 1ull << VIRTIO_NET_F_MRG_RXBUF, RING, 0);
+	d = &w.guests[0];
+	r = &d->ring[in ? 0 : 1];
+	if (in) {
+		for (uint32_t i = 0; i < RING; i++)
+			ring_buffer(d, r, 1526, VRING_DESC_F_WRITE);
+		make_frame(frame, len, d->mac, (uint8_t[]){2, 0, 0, 0, 0, 9}, 1);
+	} else {
+		make_frame(frame, len, (uint8_t[]){2, 0, 0, 0, 0, 9}, d->mac, 1);
+		for (uint32_t i = 0; i < XV_BURST; i++)
+			driver_send(d, frame, len);
+	}
+	for (uint32_t round = 0; round < rounds; round++) {
+		uint64_t start;
+
+		for (uint32_t i = 0; in && i < XV_BURST; i++)
+			CHECK(nic_receive(&w.nic, frame, len));
+		start = cycles_now();
+		worker_turn(&w.dp->workers[0], w.dp->snap, false);
+		cycles += cycles_now() - start;
+		while (!in && nic_send(&w.nic, sent))
+			;
+		recycle(r);
+	}
+	frames = in ? w.guests[0].guest->queues[0].rx.packets : w.nic.nicq->counters.tx_packets;
+	CHECK_EQ(frames, (uint64_t)rounds * XV_BURST);
+	printf("%s %u bytes: %llu cycles a frame\n", in ? "in" : "out", len, (unsigned long long)(cycles / frames));
+	world_free(&w);
+	return 0;
+}
