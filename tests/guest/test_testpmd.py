@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Known workload first: 23 frames, and every counter on the way says 23. The guest is DPDK's virtio driver."""
 
+from collections.abc import Mapping
+from itertools import combinations
+
 import pytest
+from _pytest.mark import ParameterSet
 
 from support.frames import PacketSocket, set_transmit_queue, udp_frame
 from support.lab import Lab, guest_mac, spec
@@ -11,16 +15,35 @@ from support.testpmd import TestPmd, VirtioUser
 COUNT = 23
 SIZE = 64
 
+SWITCHES = ("packed_vq", "mrg_rxbuf", "in_order", "vectorized")
+
+
+def shape(pairs: int, *chosen: str) -> ParameterSet:
+    """One way for DPDK's driver to go: its data path depends on all four switches."""
+    switches = {switch: switch in chosen for switch in SWITCHES}
+    return pytest.param(
+        pairs,
+        switches,
+        id="-".join(
+            [f"{pairs}-pairs", "packed" if "packed_vq" in chosen else "split", *(c for c in chosen if c != "packed_vq")]
+        ),
+    )
+
+
 shapes = pytest.mark.parametrize(
-    ("pairs", "mergeable"),
-    [(1, False), (1, True), (4, False), (4, True)],
-    ids=["1-pair", "1-pair-mergeable", "4-pairs", "4-pairs-mergeable"],
+    ("pairs", "switches"),
+    [
+        shape(pairs, *chosen)
+        for pairs in (1, 4)
+        for n in range(len(SWITCHES) + 1)
+        for chosen in combinations(SWITCHES, n)
+    ],
 )
 
 
-def start(lab: Lab, pairs: int, mergeable: bool) -> TestPmd:
+def start(lab: Lab, pairs: int, switches: Mapping[str, bool]) -> TestPmd:
     daemon = lab.up([spec(1, queues=pairs)])
-    port = VirtioUser(daemon.socket("vm1"), guest_mac(1), queues=pairs, mrg_rxbuf=mergeable)
+    port = VirtioUser(daemon.socket("vm1"), guest_mac(1), queues=pairs, **switches)
     pmd = TestPmd([port], directory=lab.directory, mode="rxonly")
     lab.world.stack.callback(pmd.close)
     daemon.wait_connected("vm1")
@@ -28,8 +51,8 @@ def start(lab: Lab, pairs: int, mergeable: bool) -> TestPmd:
 
 
 @shapes
-def test_receives_23_frames_on_each_nic_queue(quiet_lab: Lab, pairs: int, mergeable: bool) -> None:
-    pmd = start(quiet_lab, pairs, mergeable)
+def test_receives_23_frames_on_each_nic_queue(quiet_lab: Lab, pairs: int, switches: Mapping[str, bool]) -> None:
+    pmd = start(quiet_lab, pairs, switches)
     pmd.start()
     source = quiet_lab.net_mac
     total = COUNT * QUEUES
@@ -59,8 +82,8 @@ def test_receives_23_frames_on_each_nic_queue(quiet_lab: Lab, pairs: int, mergea
 
 
 @shapes
-def test_transmits_23_frames_from_each_pair(quiet_lab: Lab, pairs: int, mergeable: bool) -> None:
-    pmd = start(quiet_lab, pairs, mergeable)
+def test_transmits_23_frames_from_each_pair(quiet_lab: Lab, pairs: int, switches: Mapping[str, bool]) -> None:
+    pmd = start(quiet_lab, pairs, switches)
     total = COUNT * pairs
     with PacketSocket(quiet_lab.net, "eth0") as wire:
         pmd.send(COUNT, size=SIZE, destination=quiet_lab.net_mac)
@@ -82,7 +105,7 @@ def test_transmits_23_frames_from_each_pair(quiet_lab: Lab, pairs: int, mergeabl
 
 def test_frames_for_others_do_not_reach_the_guest(quiet_lab: Lab) -> None:
     """Unknown unicast is the host's; the guest's 23 come after it, so that nothing is waited for in vain."""
-    pmd = start(quiet_lab, 1, False)
+    pmd = start(quiet_lab, 1, {})
     pmd.start()
     with PacketSocket(quiet_lab.net, "eth0") as wire, PacketSocket(quiet_lab.host, "nic0") as host:
         wire.send(udp_frame("52:54:00:00:00:99", quiet_lab.net_mac, number=n) for n in range(COUNT))
