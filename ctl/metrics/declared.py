@@ -14,6 +14,7 @@ from typing import Literal
 
 from ..datapath import DROP_NAMES
 from ..vhost.errors import Violation
+from ..vhost.offered import COUNTED, RESULTS
 
 # struct xdp_statistics, linux/if_xdp.h
 XSK_STATISTICS = (
@@ -27,6 +28,9 @@ XSK_STATISTICS = (
 
 # What ends a front-end's connection: its vhost-user violations, and what the data plane found in its rings and memory.
 PROTOCOL_ERROR_REASONS = (*(violation.value for violation in Violation), "datapath")
+
+# Requests of a front-end, by name, and what became of them.
+MESSAGES = tuple((request, result) for request in COUNTED for result in RESULTS)
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,13 @@ GUEST_CONNECTED = Metric(
 GUEST_RECONNECTS = Metric(
     "xdpvhost_guest_reconnects_total", "counter", ("guest",), "Front-end connections after the first."
 )
+GUEST_MESSAGES = Metric(
+    "xdpvhost_guest_messages_total",
+    "counter",
+    ("guest", "request", "result"),
+    "vhost-user requests of the front-end: ok, refused (answered no, the session goes on), error (its end). `other` is "
+    "all that are not served.",
+)
 GUEST_PROTOCOL_ERRORS = Metric(
     "xdpvhost_guest_protocol_errors_total",
     "counter",
@@ -240,6 +251,7 @@ METRICS: tuple[Metric, ...] = (
     COPIED_BYTES,
     GUEST_CONNECTED,
     GUEST_RECONNECTS,
+    GUEST_MESSAGES,
     GUEST_PROTOCOL_ERRORS,
     WORKER_POLLS,
     WORKER_SLEEPS,

@@ -121,6 +121,8 @@ def _guest_samples(guest: GuestEntry) -> Iterator[Sample]:
     errors = guest.protocol_errors
     for reason in dict.fromkeys((*m.PROTOCOL_ERROR_REASONS, *errors)):
         yield Sample(m.GUEST_PROTOCOL_ERRORS, (name, reason), errors.get(reason, 0))
+    for request, result in m.MESSAGES:
+        yield Sample(m.GUEST_MESSAGES, (name, request, result), guest.messages[request, result])
     ctrl = guest.port.ctrl
     yield Sample(m.GUEST_CONTROL, (name, "ok"), ctrl.commands)
     yield Sample(m.GUEST_CONTROL, (name, "refused"), ctrl.refused)

@@ -31,7 +31,7 @@ from .connection import Connection, Message
 from .errors import ProtocolError, RequestRefused, Violation
 from .fds import Fd, FdBag, close_fd, notification_fd
 from .guestmem import GuestMemory
-from .offered import OFFERED
+from .offered import ERROR, OFFERED, OK, OTHER, REFUSED
 from .port import DevicePort
 from .rings import Rings
 from .shared import DirtyLog, InflightRegion, SealedFile, check_inflight
@@ -70,8 +70,6 @@ MIN_MTU = 68
 ACK_OK = U64(0).pack()
 ACK_FAILED = U64(1).pack()
 TRANSFER_FAILED = 1
-OTHER = "other"  # requests that are not served, for the counters
-OK, REFUSED, ERROR = RESULTS = ("ok", "refused", "error")  # of a request, for the counters
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +167,12 @@ class VhostUserDevice:
         number = received.header.request
         name = Request(number).name if number in TABLE else OTHER
         try:
-            answer = self._serve(received)
+            served = self._serve(received)
         except RequestRefused as refused:
             self._port.message(name, REFUSED)
             log.warning("guest %r: %s: %s", self._port.name, request_name(number), refused)
-            return Answer(ACK_FAILED) if self._wants_ack(received) else None
+            answer = refused.answer or (ACK_FAILED if self._wants_ack(received) else None)
+            return Answer(answer) if answer else None
         except ProtocolError as error:
             self._port.message(name, ERROR)
             raise ProtocolError(error.violation, f"{request_name(number)}: {error}") from error
@@ -181,9 +180,9 @@ class VhostUserDevice:
             self._port.message(name, ERROR)
             raise
         self._port.message(name, OK)
-        if answer is None and self._wants_ack(received):
+        if served is None and self._wants_ack(received):
             return Answer(ACK_OK)
-        return answer
+        return served
 
     def _serve(self, received: Message) -> Answer | None:
         number = received.header.request
@@ -402,8 +401,8 @@ class VhostUserDevice:
         try:
             file = SealedFile("xdpvhost-inflight", size)
         except OSError as error:
-            log.error("guest %r: cannot make an in-flight region: %s", self._port.name, error.strerror)
-            return Answer(replace(payload, size=0, offset=0).pack())
+            nothing = replace(payload, size=0, offset=0).pack()
+            raise RequestRefused(f"cannot make an in-flight region: {error.strerror}", nothing) from error
         return Answer(replace(payload, size=size, offset=0).pack(), file.fd)
 
     def _set_inflight_fd(self, payload: Inflight, fds: FdBag) -> None:
@@ -427,31 +426,25 @@ class VhostUserDevice:
         if self._transfer is not None:
             self._transfer.close()
             self._transfer = None
-        why = None
+        failed = U64(TRANSFER_FAILED | RING_NO_FD).pack()
         if payload.phase != DeviceState.STOPPED:
-            why = f"migration phase {payload.phase} is not known"
-        elif any(ring.vring is not None for ring in self._rings):
-            why = "the device's rings are running"
-        else:
-            try:
-                self._transfer = Transfer(self._port, payload.direction)
-            except OSError as error:
-                why = f"cannot make a channel: {error.strerror}"
-        if self._transfer is None:
-            log.warning("guest %r: device state not transferred: %s", self._port.name, why)
-            return Answer(U64(TRANSFER_FAILED | RING_NO_FD).pack())
-        return Answer(U64(0).pack(), self._transfer.front_end())
+            raise RequestRefused(f"migration phase {payload.phase} is not known", failed)
+        if any(ring.vring is not None for ring in self._rings):
+            raise RequestRefused("the device's rings are running", failed)
+        try:
+            self._transfer = Transfer(self._port, payload.direction)
+            return Answer(U64(0).pack(), self._transfer.front_end())
+        except OSError as error:
+            raise RequestRefused(f"cannot make a channel: {error.strerror}", failed) from error
 
     def _check_device_state(self, _payload: Empty, _fds: FdBag) -> bytes:
         transfer, self._transfer = self._transfer, None
         if transfer is None:
-            log.warning("guest %r: no device state was transferred", self._port.name)
-            return ACK_FAILED
+            raise RequestRefused("no device state was transferred", ACK_FAILED)
         try:
             transfer.finish()
         except (RequestRefused, OSError) as error:
-            log.warning("guest %r: device state refused: %s", self._port.name, error)
-            return ACK_FAILED
+            raise RequestRefused(f"device state: {error}", ACK_FAILED) from error
         finally:
             transfer.close()
         return ACK_OK

@@ -34,4 +34,11 @@ class ProtocolError(XdpvhostError):
 
 
 class RequestRefused(XdpvhostError):
-    """A well-formed request whose answer is no: a non-zero reply when one was asked for, and the session goes on."""
+    """A well-formed request whose answer is no: a non-zero reply when one was asked for, and the session goes on.
+
+    `answer`: the reply of a request that always has one.
+    """
+
+    def __init__(self, message: str, answer: bytes | None = None) -> None:
+        super().__init__(message)
+        self.answer = answer

@@ -69,3 +69,8 @@ NOT_OFFERED: Mapping[ProtocolFeature, str] = {
     "front-end built with those would take it for that",
     ProtocolFeature.SHMEM: "a network device has no shared memory regions",
 }
+
+# For the counters: what may have become of a request, and which there are. All that aren't served are one.
+OK, REFUSED, ERROR = RESULTS = ("ok", "refused", "error")
+OTHER = "other"
+COUNTED = (*(request.name for request in Request if request not in UNSUPPORTED), OTHER)

@@ -20,6 +20,7 @@ from support.frontend import (
     GuestMemory,
     NetDevice,
 )
+from xdpvhost.vhost.offered import COUNTED
 from xdpvhost.vhost.wire import Request
 
 from .conftest import Bench
@@ -301,6 +302,30 @@ def test_config_space(bench4: Bench) -> None:
         assert front.ask(Request.GET_CONFIG, struct.pack("=III", 200, 100, 0) + bytes(100)) == b""
         front.tell(Request.SET_CONFIG, struct.pack("=III", 0, 6, 0) + bytes(6), expect=1)
         assert front.get_config(256) == space
+
+
+def test_requests_are_counted_by_name_and_result(bench: Bench) -> None:
+    with bench.connect() as front:
+        front.set_protocol_features(P_REPLY_ACK | 1 << 4)
+        front.ask_u64(Request.GET_FEATURES)
+        front.ask_u64(Request.GET_FEATURES)
+        front.tell(Request.NET_SET_MTU, struct.pack("=Q", 1), expect=1)
+        front.state(Request.SET_VRING_NUM, 0, 256)
+        front.send(Request.SET_VRING_NUM, struct.pack("=II", 0, 0))
+        assert front.disconnected()
+    for number in (Request.VRING_KICK, 99, 2**31):
+        with bench.connect() as front:
+            front.send(number)
+            assert front.disconnected()
+    assert bench.port.messages == {
+        ("SET_PROTOCOL_FEATURES", "ok"): 1,
+        ("GET_FEATURES", "ok"): 2,
+        ("NET_SET_MTU", "refused"): 1,
+        ("SET_VRING_NUM", "ok"): 1,
+        ("SET_VRING_NUM", "error"): 1,
+        ("other", "error"): 3,
+    }
+    assert {name for name, _ in bench.port.messages} <= set(COUNTED)
 
 
 def test_rarp(bench: Bench) -> None:

@@ -65,6 +65,7 @@ def test_the_names_that_were_promised() -> None:
         "xdpvhost_worker_polls_total": ("worker", "result"),
         "xdpvhost_guest_connected": ("guest",),
         "xdpvhost_guest_reconnects_total": ("guest",),
+        "xdpvhost_guest_messages_total": ("guest", "request", "result"),
         "xdpvhost_guest_protocol_errors_total": ("guest", "reason"),
     }
     declared = {metric.name: metric.labels for metric in METRICS}
@@ -109,10 +110,11 @@ def test_every_series_moves_with_its_counter() -> None:
     guest.port.ctrl.commands, guest.port.ctrl.refused = 31, 37
     guest.reconnects = 41
     guest.protocol_errors["memory"] = 43
+    guest.messages["SET_MEM_TABLE", "ok"] = 61
     nic.changed_verdicts[0, 0, "redirect"] = 47
     nic.changed_verdicts[None, 0, "pass_multicast"] = 53
     nic.changed_statistics[0, 0] = dict.fromkeys(XSK_STATISTICS, 0) | {"rx_ring_full": 59}
-    expected |= {31, 37, 41, 43, 47, 53, 59}
+    expected |= {31, 37, 41, 43, 47, 53, 59, 61}
     metrics = scrape(counters(switch, dp))
     shown = [int(value) for (name, _), value in metrics.samples.items() if value and name != BUILD_INFO.name]
     assert sorted(shown) == sorted(expected)
