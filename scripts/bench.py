@@ -29,10 +29,11 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from support.daemon import Daemon
-from support.frontend import DESC_WRITE, F_PROTOCOL, F_VERSION_1, NO_INTERRUPT, NetDevice
+from support.frontend import F_PROTOCOL, F_VERSION_1, NetDevice
 from support.netns import Namespace, World
 from support.testpmd import PROGRAM as TESTPMD
 from support.testpmd import TestPmd, VirtioUser
+from support.virtqueue import DESC_WRITE, NO_INTERRUPT
 from xdpvhost.xdp.libbpf import BpfObject, check, libbpf
 
 TOP = Path(__file__).resolve().parents[1]

@@ -16,18 +16,23 @@ from support.frontend import (
     F_CSUM,
     F_CTRL_VQ,
     F_EVENT_IDX,
+    F_IN_ORDER,
     F_INDIRECT,
     F_MQ,
     F_MRG_RXBUF,
+    F_PACKED,
     F_PROTOCOL,
     F_VERSION_1,
     Buffer,
     NetDevice,
-    Queue,
 )
 from support.plane import Plane
 from support.process import wait_for
 from xdpvhost.vhost.wire import Request
+
+from .conftest import MakeDevice
+
+Sockets = tuple[Path, Path]
 
 BASE = F_PROTOCOL | F_VERSION_1
 MAC1, MAC2 = bytes.fromhex("525400000001"), bytes.fromhex("525400000002")
@@ -42,7 +47,7 @@ def frame(number: int, size: int = 60, to: bytes = MAC2, source: bytes = MAC1) -
 def returned(device: NetDevice) -> int:
     """How many transmissions of pair 0 have ever been finished."""
     device.sent()
-    return device.tx().used_idx
+    return int(device.tx().returned)
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ def plane(tmp_path: Path) -> Iterator[Plane]:
 
 
 @pytest.fixture
-def sockets(tmp_path: Path) -> tuple[Path, Path]:
+def sockets(tmp_path: Path) -> Sockets:
     return tmp_path / "vm1.sock", tmp_path / "vm2.sock"
 
 
@@ -67,12 +72,17 @@ FEATURES = {
     "indirect": BASE | F_INDIRECT,
     "event index": BASE | F_EVENT_IDX,
     "everything": BASE | F_MRG_RXBUF | F_INDIRECT | F_EVENT_IDX,
+    "packed": BASE | F_PACKED,
+    "packed, mergeable": BASE | F_PACKED | F_MRG_RXBUF,
+    "packed, in order": BASE | F_PACKED | F_IN_ORDER | F_MRG_RXBUF,
+    "packed, event index": BASE | F_PACKED | F_EVENT_IDX,
+    "packed, everything": BASE | F_PACKED | F_IN_ORDER | F_MRG_RXBUF | F_INDIRECT | F_EVENT_IDX,
 }
 
 
 @pytest.mark.parametrize("right", FEATURES)
-@pytest.mark.parametrize("left", ["legacy", "plain", "everything"])
-def test_frames_arrive_whole(plane: Plane, sockets: tuple[Path, Path], left: str, right: str) -> None:
+@pytest.mark.parametrize("left", ["legacy", "plain", "everything", "packed", "packed, everything"])
+def test_frames_arrive_whole(plane: Plane, sockets: Sockets, left: str, right: str) -> None:
     """23 frames each way, every counter says 23, and what was copied is what was delivered."""
     one = NetDevice(sockets[0], features=FEATURES[left])
     two = NetDevice(sockets[1], features=FEATURES[right])
@@ -98,8 +108,10 @@ def test_frames_arrive_whole(plane: Plane, sockets: tuple[Path, Path], left: str
 
 
 @pytest.mark.parametrize("cuts", [range(1, 12), (5, 20), (12, 13, 14), (1, 40)], ids=str)
-def test_any_layout_of_the_header(plane: Plane, sockets: tuple[Path, Path], cuts: range | tuple[int, ...]) -> None:
-    with NetDevice(sockets[0], features=BASE) as one, NetDevice(sockets[1]) as two:
+def test_any_layout_of_the_header(
+    net: MakeDevice, plane: Plane, sockets: Sockets, cuts: range | tuple[int, ...]
+) -> None:
+    with net(sockets[0], features=BASE) as one, net(sockets[1]) as two:
         one.up()
         two.up()
         two.post(8)
@@ -107,8 +119,8 @@ def test_any_layout_of_the_header(plane: Plane, sockets: tuple[Path, Path], cuts
         assert [got for _, got in two.receive(1)] == [frame(1)]
 
 
-def test_merged_buffers(plane: Plane, sockets: tuple[Path, Path]) -> None:
-    with NetDevice(sockets[0]) as one, NetDevice(sockets[1]) as two:
+def test_merged_buffers(net: MakeDevice, plane: Plane, sockets: Sockets) -> None:
+    with net(sockets[0]) as one, net(sockets[1]) as two:
         one.up()
         two.up()
         two.post(200, size=100)
@@ -117,8 +129,8 @@ def test_merged_buffers(plane: Plane, sockets: tuple[Path, Path]) -> None:
         assert [got for _, got in two.receive(1)] == [big]
 
 
-def test_receive_buffers_of_many_descriptors(plane: Plane, sockets: tuple[Path, Path]) -> None:
-    with NetDevice(sockets[0]) as one, NetDevice(sockets[1], features=BASE | F_INDIRECT) as two:
+def test_receive_buffers_of_many_descriptors(net: MakeDevice, plane: Plane, sockets: Sockets) -> None:
+    with net(sockets[0]) as one, net(sockets[1], features=BASE | F_INDIRECT) as two:
         one.up()
         two.up()
         for indirect in (False, True):
@@ -140,8 +152,8 @@ def whole(device: NetDevice, count: int) -> list[bytes]:
     return got
 
 
-def test_broadcast_and_unknown(plane: Plane, sockets: tuple[Path, Path]) -> None:
-    with NetDevice(sockets[0]) as one, NetDevice(sockets[1]) as two:
+def test_broadcast_and_unknown(net: MakeDevice, plane: Plane, sockets: Sockets) -> None:
+    with net(sockets[0]) as one, net(sockets[1]) as two:
         one.up()
         two.up()
         one.post(8)
@@ -154,20 +166,24 @@ def test_broadcast_and_unknown(plane: Plane, sockets: tuple[Path, Path]) -> None
         assert one.received() == [], "nobody hears himself"
 
 
-def test_many_frames_wrap_every_index(plane: Plane, sockets: tuple[Path, Path]) -> None:
+def test_many_frames_wrap_every_index(net: MakeDevice, plane: Plane, sockets: Sockets) -> None:
+    """Also of packed rings whose size is no power of two, and that begin in the middle of a lap."""
     features = BASE | F_MRG_RXBUF | F_EVENT_IDX
-    with (
-        NetDevice(sockets[0], features=features, queue_size=8, memory_size=64 << 20) as one,
-        NetDevice(sockets[1], features=features, queue_size=16) as two,
-    ):
-        for device, index, base in ((one, 1, 0xFFF0), (two, 0, 0xFFF8)):
-            queue = device.queues[index]
-            queue.avail_idx = queue.used_idx = base
-            queue.memory.set_u16(queue.avail + 2, base)
-            queue.memory.set_u16(queue.used + 2, base)
-        one.up(bases=[0, 0xFFF0])
-        two.up(bases=[0xFFF8, 0])
-        two.post(16)
+    one = net(sockets[0], features=features, queue_size=8, memory_size=64 << 20)
+    two = net(sockets[1], features=features, queue_size=16)
+    with one, two:
+        if one.features & F_PACKED:
+            one.queues[1].close()
+            two.queues[0].close()
+            one.queues[1], two.queues[0] = one.new_queue(7), two.new_queue(13)
+            one.tx().skip_to(4, 0)
+            two.rx().skip_to(12, 1)
+        else:
+            one.tx().skip_to(0xFFF0)
+            two.rx().skip_to(0xFFF8)
+        one.up()
+        two.up()
+        two.post(two.rx().size)
         got: list[bytes] = []
         sent = 0
         numbers = itertools.count()
@@ -183,24 +199,25 @@ def test_many_frames_wrap_every_index(plane: Plane, sockets: tuple[Path, Path]) 
         assert got == [frame(number) for number in range(300)]
 
 
-def test_stop_and_start_lose_nothing(plane: Plane, sockets: tuple[Path, Path]) -> None:
+def test_stop_and_start_lose_nothing(net: MakeDevice, plane: Plane, sockets: Sockets) -> None:
     """GET_VRING_BASE says which frame comes next; frames queued while the ring is stopped are sent after it."""
-    with NetDevice(sockets[0]) as one, NetDevice(sockets[1]) as two:
+    with net(sockets[0]) as one, net(sockets[1]) as two:
         one.up()
         two.up()
         two.post(64)
         one.send(frame(0))
         assert len(two.receive(1)) == 1
         base = one.front.get_base(1)
-        assert base == 1
+        assert one.sent() == 1
+        assert base == one.tx().base
         for number in range(1, 5):
             one.send(frame(number))
         one.front.set_queue(1, one.tx(), base)
         assert [got for _, got in two.receive(4)] == [frame(number) for number in range(1, 5)]
 
 
-def test_kick_before_enable_is_not_lost(plane: Plane, sockets: tuple[Path, Path]) -> None:
-    with NetDevice(sockets[0]) as one, NetDevice(sockets[1]) as two:
+def test_kick_before_enable_is_not_lost(net: MakeDevice, plane: Plane, sockets: Sockets) -> None:
+    with net(sockets[0]) as one, net(sockets[1]) as two:
         one.up()
         two.up()
         two.front.enable(0, False)
@@ -211,8 +228,8 @@ def test_kick_before_enable_is_not_lost(plane: Plane, sockets: tuple[Path, Path]
         assert [got for _, got in two.receive(1)] == [frame(1)]
 
 
-def test_disabled_ring_discards(plane: Plane, sockets: tuple[Path, Path]) -> None:
-    with NetDevice(sockets[0]) as one, NetDevice(sockets[1]) as two:
+def test_disabled_ring_discards(net: MakeDevice, plane: Plane, sockets: Sockets) -> None:
+    with net(sockets[0]) as one, net(sockets[1]) as two:
         one.up()
         two.up()
         two.post(8)
@@ -226,9 +243,9 @@ def test_disabled_ring_discards(plane: Plane, sockets: tuple[Path, Path]) -> Non
         assert [got for _, got in two.receive(1)] == [frame(2)]
 
 
-def test_memory_and_call_replaced_under_traffic(plane: Plane, sockets: tuple[Path, Path]) -> None:
+def test_memory_and_call_replaced_under_traffic(net: MakeDevice, plane: Plane, sockets: Sockets) -> None:
     """Nothing that a guest has queued is lost; what is on its way to one whose rings are out for a moment would be."""
-    with NetDevice(sockets[0]) as one, NetDevice(sockets[1]) as two:
+    with net(sockets[0]) as one, net(sockets[1]) as two:
         one.up()
         two.up()
         two.post(64)
@@ -243,16 +260,16 @@ def test_memory_and_call_replaced_under_traffic(plane: Plane, sockets: tuple[Pat
             two.front.set_mem_table(two.memory.split(2 << 20), [two.memory.fd] * 2)
 
 
-def test_queue_pairs(tmp_path: Path) -> None:
+def test_queue_pairs(net: MakeDevice, tmp_path: Path) -> None:
     with Plane(tmp_path, workers=2) as plane:
         plane.guest(4)
         plane.guest(1)
         features = BASE | F_MQ | F_CTRL_VQ
         with (
-            NetDevice(tmp_path / "vm1.sock", features=features, pairs=4) as one,
-            NetDevice(tmp_path / "vm2.sock") as two,
+            net(tmp_path / "vm1.sock", features=features, pairs=4) as one,
+            net(tmp_path / "vm2.sock") as two,
         ):
-            ctrl = Queue(one.memory, 64)
+            ctrl = one.new_queue(64)
             one.up()
             one.front.set_queue(8, ctrl)
             one.front.enable(8)
@@ -276,8 +293,10 @@ def test_queue_pairs(tmp_path: Path) -> None:
             ctrl.close()
 
 
-def test_partial_checksum_is_finished_for_a_guest_without_guest_csum(plane: Plane, sockets: tuple[Path, Path]) -> None:
-    with NetDevice(sockets[0], features=BASE | F_CSUM) as one, NetDevice(sockets[1], features=BASE) as two:
+def test_partial_checksum_is_finished_for_a_guest_without_guest_csum(
+    net: MakeDevice, plane: Plane, sockets: Sockets
+) -> None:
+    with net(sockets[0], features=BASE | F_CSUM) as one, net(sockets[1], features=BASE) as two:
         one.up()
         two.up()
         two.post(4)
@@ -292,9 +311,9 @@ def test_partial_checksum_is_finished_for_a_guest_without_guest_csum(plane: Plan
         assert total in (0xFFFF, 0)
 
 
-def test_backend_restart_goes_on_where_it_was(tmp_path: Path, sockets: tuple[Path, Path]) -> None:
+def test_backend_restart_goes_on_where_it_was(net: MakeDevice, tmp_path: Path, sockets: Sockets) -> None:
     """A second daemon on the same guest memory; the guest kicks no more, its frames are found all the same."""
-    with NetDevice(sockets[0]) as one, NetDevice(sockets[1]) as two:
+    with net(sockets[0]) as one, net(sockets[1]) as two:
         two.post(32)
         for turn in range(3):
             one.send(frame(turn))  # kicked while nobody listens
@@ -302,7 +321,7 @@ def test_backend_restart_goes_on_where_it_was(tmp_path: Path, sockets: tuple[Pat
                 plane.guest()
                 plane.guest()
                 for device in (two, one):
-                    device.up([device.memory.u16(queue.used + 2) for queue in device.queues])
+                    device.up()
                 assert [got for _, got in two.receive(1)] == [frame(turn)]
                 wait_for(lambda turn=turn: returned(one) == turn + 1, 5, "the used buffer")
             one.front.close()

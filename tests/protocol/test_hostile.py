@@ -14,9 +14,6 @@ import pytest
 
 from support.endpoint import fd_count, map_count
 from support.frontend import (
-    DESC_INDIRECT,
-    DESC_NEXT,
-    DESC_WRITE,
     F_EVENT_IDX,
     F_INDIRECT,
     F_MRG_RXBUF,
@@ -28,6 +25,7 @@ from support.frontend import (
 )
 from support.plane import Plane
 from support.process import wait_for
+from support.virtqueue import DESC_INDIRECT, DESC_NEXT, DESC_WRITE
 from xdpvhost.datapath import DROP_NAMES
 
 from .test_guests import MAC1, frame

@@ -27,7 +27,9 @@ from support.frontend import (
 )
 from support.plane import Plane
 from support.process import wait_for
+from support.virtqueue import PackedQueue
 
+from .conftest import MakeDevice
 from .test_guests import frame
 
 FEATURES = F_PROTOCOL | F_VERSION_1 | F_MRG_RXBUF | F_EVENT_IDX
@@ -71,10 +73,10 @@ def plane(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Plane]:
 
 
 @contextmanager
-def pair(tmp_path: Path) -> Iterator[tuple[NetDevice, NetDevice]]:
+def pair(net: MakeDevice, tmp_path: Path) -> Iterator[tuple[NetDevice, NetDevice]]:
     """A sender and a receiver with buffers for a while."""
     one, two = (
-        NetDevice(tmp_path / f"vm{number}.sock", features=FEATURES, protocol_features=PROTOCOL, memory_size=size << 20)
+        net(tmp_path / f"vm{number}.sock", features=FEATURES, protocol_features=PROTOCOL, memory_size=size << 20)
         for number, size in ((1, 64), (2, 8))
     )
     with one, two:
@@ -156,8 +158,8 @@ CHANGES: dict[str, Callable[[NetDevice, int], None]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("side", ["sender", "receiver"])
-def test_no_frame_is_lost_by_a_change(plane: Plane, tmp_path: Path, change: str, side: str) -> None:
-    with pair(tmp_path) as (one, two), Stream(one, two) as stream:
+def test_no_frame_is_lost_by_a_change(net: MakeDevice, plane: Plane, tmp_path: Path, change: str, side: str) -> None:
+    with pair(net, tmp_path) as (one, two), Stream(one, two) as stream:
         for turn in range(50):
             CHANGES[change](one if side == "sender" else two, turn)
             if turn % 10 == 0:
@@ -192,20 +194,22 @@ def pages_of(gpa: int, size: int) -> set[int]:
 @pytest.mark.parametrize("ring", [True, False], ids=["with the rings", "without the rings"])
 @pytest.mark.parametrize("slack", [0, 3 * PAGE, 3 * PAGE + 8])
 def test_every_page_that_is_written_is_logged_and_no_other(
-    plane: Plane, tmp_path: Path, ring: bool, slack: int
+    net: MakeDevice, plane: Plane, tmp_path: Path, ring: bool, slack: int
 ) -> None:
     """C10 and CVE-2026-86563, where the offset of the log was added twice: the bits are where the front-end looks."""
-    with pair(tmp_path) as (one, two):
+    with pair(net, tmp_path) as (one, two):
         bitmap = Bitmap(two, slack)
         start_logging(two, bitmap, ring)
         rings = set[int]()
         for queue in two.queues:
-            rings |= pages_of(queue.used, 6 + 8 * queue.size)
+            rings |= pages_of(queue.used, queue.used_bytes)
+            if isinstance(queue, PackedQueue):
+                rings |= pages_of(queue.desc, 16 * queue.size)
         bitmap.pages()
         before = two.memory.read(two.memory.gpa, two.memory.size)
         for number in range(300, 323):
             one.send(frame(number, 1000))
-        wait_for(lambda: two.memory.u16(two.rx().used + 2) == 23, 5, "23 frames")
+        wait_for(lambda: plane.switch.guests["vm2"].port.rx_counters(0).packets == 23, 5, "23 frames")
         two.front.sync()
         after = two.memory.read(two.memory.gpa, two.memory.size)
         changed = {
@@ -227,15 +231,15 @@ def test_every_page_that_is_written_is_logged_and_no_other(
         stop_logging(two)
         bitmap.pages()
         one.send(frame(1))
-        wait_for(lambda: two.memory.u16(two.rx().used + 2) == 24, 5, "one frame more")
+        wait_for(lambda: plane.switch.guests["vm2"].port.rx_counters(0).packets == 24, 5, "one frame more")
         two.front.sync()
         assert not bitmap.pages(), "logging is off"
         bitmap.close()
 
 
-def test_logging_on_and_off_under_traffic(plane: Plane, tmp_path: Path) -> None:
+def test_logging_on_and_off_under_traffic(net: MakeDevice, plane: Plane, tmp_path: Path) -> None:
     """C10: the rings go on, frame by frame."""
-    with pair(tmp_path) as (one, two):
+    with pair(net, tmp_path) as (one, two):
         bitmap = Bitmap(two)
         with Stream(one, two) as stream:
             for turn in range(20):
@@ -247,9 +251,9 @@ def test_logging_on_and_off_under_traffic(plane: Plane, tmp_path: Path) -> None:
         bitmap.close()
 
 
-def test_log_truncated_under_the_data_plane(plane: Plane, tmp_path: Path) -> None:
+def test_log_truncated_under_the_data_plane(net: MakeDevice, plane: Plane, tmp_path: Path) -> None:
     """Its guest loses its connection, and nobody else anything."""
-    with pair(tmp_path) as (one, two):
+    with pair(net, tmp_path) as (one, two):
         bitmap = Bitmap(two)
         start_logging(two, bitmap, True)
         os.ftruncate(bitmap.fd, 0)
@@ -258,4 +262,4 @@ def test_log_truncated_under_the_data_plane(plane: Plane, tmp_path: Path) -> Non
         bitmap.close()
         assert [name for name, _ in plane.faults] == ["vm2"]
         one.front.sync()
-        two.up([0, 0])
+        two.up()

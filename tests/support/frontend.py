@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vhost-user front-end in Python: real socket, real shared memory, a split-virtqueue driver that tells the truth.
+"""A vhost-user front-end in Python: real socket, real shared memory, a driver that tells the truth.
 
-`FrontEnd` speaks the protocol, also wrongly when asked to: `send_raw` sends any bytes with any descriptors. `Queue` is
-the driver's side of a split virtqueue (virtio 1.2, 2.7), with the raw pokes that hostile tests need. `NetDevice` puts
-both together: it brings a device up in the order of QEMU, User-Mode Linux or DPDK, posts buffers, sends and receives.
+`FrontEnd` speaks the protocol, also wrongly when asked to: `send_raw` sends any bytes with any descriptors. The queues
+are in virtqueue.py. `NetDevice` puts both together: it brings a device up in QEMU's order, posts buffers, sends and
+receives, over split or packed queues as its features say.
 Everything is synchronous with a deadline, so it works against an endpoint in another thread and against a daemon.
 """
 
@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import array
 import contextlib
-import mmap
 import os
-import select
 import socket
 import struct
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from xdpvhost.vhost.wire import Request
+
+from .virtqueue import Buffer, GuestMemory, PackedQueue, Queue, Slot, VirtQueue
 
 DEADLINE = 5.0
 
@@ -56,9 +55,6 @@ P_MEM_SLOTS = 1 << 15
 P_STATUS = 1 << 16
 P_DEVICE_STATE = 1 << 19
 
-DESC_NEXT, DESC_WRITE, DESC_INDIRECT = 1, 2, 4
-NO_INTERRUPT = 1  # avail.flags
-NO_NOTIFY = 1  # used.flags
 NO_FD = 0x100
 FLAGS = 1
 REPLY = 4
@@ -67,175 +63,6 @@ NEED_REPLY = 8
 
 class Disconnected(AssertionError):
     """The back-end closed the connection."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A memory region as the front-end announces it."""
-
-    gpa: int
-    size: int
-    user_addr: int
-    offset: int
-
-    def pack(self) -> bytes:
-        return struct.pack("=QQQQ", self.gpa, self.size, self.user_addr, self.offset)
-
-
-class GuestMemory:
-    """Shared memory in a memfd, as one region or more, with a bump allocator. Addresses are guest physical."""
-
-    def __init__(self, size: int = 4 << 20, gpa: int = 0x4000_0000, user_addr: int = 0x7E00_0000_0000) -> None:
-        self.size = size
-        self.gpa = gpa
-        self.user_base = user_addr
-        self.fd = os.memfd_create("guest", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, size)
-        self.map = mmap.mmap(self.fd, size)
-        self._words = memoryview(self.map).cast("H")  # 16 bits in one store, which struct.pack_into does not promise
-        self._next = 0
-
-    @property
-    def slots(self) -> list[Slot]:
-        return [Slot(self.gpa, self.size, self.user_base, 0)]
-
-    def split(self, *cuts: int) -> list[Slot]:
-        """The same memory as several adjacent regions, cut at these offsets."""
-        edges = [0, *cuts, self.size]
-        return [Slot(self.gpa + start, end - start, self.user_base + start, start) for start, end in pairwise(edges)]
-
-    def alloc(self, size: int, align: int = 16) -> int:
-        start = -(-self._next // align) * align
-        if start + size > self.size:
-            raise MemoryError("guest memory is used up")
-        self._next = start + size
-        return self.gpa + start
-
-    def user(self, gpa: int) -> int:
-        return self.user_base + gpa - self.gpa
-
-    def write(self, gpa: int, data: bytes) -> None:
-        at = gpa - self.gpa
-        self.map[at : at + len(data)] = data
-
-    def read(self, gpa: int, size: int) -> bytes:
-        at = gpa - self.gpa
-        return self.map[at : at + size]
-
-    def u16(self, gpa: int) -> int:
-        return self._words[(gpa - self.gpa) // 2]
-
-    def set_u16(self, gpa: int, value: int) -> None:
-        self._words[(gpa - self.gpa) // 2] = value & 0xFFFF
-
-    def close(self) -> None:
-        self._words.release()
-        self.map.close()
-        os.close(self.fd)
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """One element of a descriptor chain."""
-
-    gpa: int
-    size: int
-    writable: bool = False
-
-
-class Queue:
-    """The driver's side of a split virtqueue."""
-
-    def __init__(self, memory: GuestMemory, size: int = 256, event_idx: bool = False) -> None:
-        self.memory = memory
-        self.size = size
-        self.event_idx = event_idx
-        self.desc = memory.alloc(16 * size, 4096)
-        self.avail = memory.alloc(6 + 2 * size, 2)
-        self.used = memory.alloc(6 + 8 * size, 4096)
-        self.kick_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.call_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.avail_idx = 0
-        self.used_idx = 0
-        self.chains: dict[int, tuple[list[int], list[Buffer]]] = {}
-        self._free = list(range(size))
-        self._fence = threading.Lock()
-        memory.write(self.desc, bytes(16 * size))
-        memory.write(self.avail, bytes(6 + 2 * size))
-        memory.write(self.used, bytes(6 + 8 * size))
-
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-    def write_desc(self, index: int, addr: int, length: int, flags: int, following: int, table: int = 0) -> None:
-        self.memory.write((table or self.desc) + 16 * index, struct.pack("<QIHH", addr, length, flags, following))
-
-    def push(self, head: int) -> None:
-        """Puts a head into the avail ring, without publishing it."""
-        self.memory.set_u16(self.avail + 4 + 2 * (self.avail_idx % self.size), head)
-        self.avail_idx = (self.avail_idx + 1) & 0xFFFF
-
-    def publish(self, kick: bool = True) -> None:
-        old = self.memory.u16(self.avail + 2)
-        self.memory.set_u16(self.avail + 2, self.avail_idx)
-        if kick and self.wants_kick(old):
-            self.kick()
-
-    def wants_kick(self, old: int) -> bool:
-        with self._fence:  # a full barrier between writing avail.idx and reading the device's wish
-            pass
-        if self.event_idx:
-            event = self.memory.u16(self.used + 4 + 8 * self.size)
-            return (self.avail_idx - event - 1) & 0xFFFF < (self.avail_idx - old) & 0xFFFF
-        return not self.memory.u16(self.used) & NO_NOTIFY
-
-    def kick(self) -> None:
-        os.eventfd_write(self.kick_fd, 1)
-
-    def add(self, chain: Sequence[Buffer], indirect: bool = False, publish: bool = True) -> int:
-        """Makes a chain available; its head."""
-        needed = 1 if indirect else len(chain)
-        taken = [self._free.pop(0) for _ in range(needed)]
-        if indirect:
-            table = self.memory.alloc(16 * len(chain))
-            self._link(chain, list(range(len(chain))), table)
-            self.write_desc(taken[0], table, 16 * len(chain), DESC_INDIRECT, 0)
-        else:
-            self._link(chain, taken, 0)
-        self.chains[taken[0]] = taken, list(chain)
-        self.push(taken[0])
-        if publish:
-            self.publish()
-        return taken[0]
-
-    def _link(self, chain: Sequence[Buffer], slots: Sequence[int], table: int) -> None:
-        for at, (slot, buffer) in enumerate(zip(slots, chain, strict=True)):
-            last = at == len(chain) - 1
-            flags = (DESC_WRITE if buffer.writable else 0) | (0 if last else DESC_NEXT)
-            self.write_desc(slot, buffer.gpa, buffer.size, flags, 0 if last else slots[at + 1], table)
-
-    def reap(self) -> Iterator[tuple[list[Buffer], int]]:
-        """Used chains, oldest first: their buffers and the bytes that the device wrote."""
-        while self.used_idx != self.memory.u16(self.used + 2):
-            at = self.used + 4 + 8 * (self.used_idx % self.size)
-            head, written = struct.unpack("<II", self.memory.read(at, 8))
-            self.used_idx = (self.used_idx + 1) & 0xFFFF
-            if self.event_idx:
-                self.memory.set_u16(self.avail + 4 + 2 * self.size, self.used_idx)
-            slots, buffers = self.chains.pop(head)
-            self._free.extend(slots)
-            yield buffers, written
-
-    def interrupts(self, timeout: float = 0) -> int:
-        """How often the device called since the last time, after waiting up to `timeout` seconds for the first."""
-        poll = select.poll()
-        poll.register(self.call_fd, select.POLLIN)
-        return os.eventfd_read(self.call_fd) if poll.poll(timeout * 1000) else 0
-
-    def close(self) -> None:
-        os.close(self.kick_fd)
-        os.close(self.call_fd)
 
 
 class FrontEnd:
@@ -382,12 +209,12 @@ class FrontEnd:
     def set_addr(self, index: int, desc: int, used: int, avail: int, flags: int = 0, log: int = 0) -> None:
         self.tell(Request.SET_VRING_ADDR, struct.pack("=IIQQQQ", index, flags, desc, used, avail, log))
 
-    def set_queue(self, index: int, queue: Queue, base: int = 0, call_fd: int | None = None) -> None:
-        """Size, base, address, call and kick of one ring; the kick comes last and starts it."""
+    def set_queue(self, index: int, queue: VirtQueue, base: int | None = None, call_fd: int | None = None) -> None:
+        """Size, base (or the queue's own), address, call and kick of one ring; the kick comes last and starts it."""
         user = queue.memory.user
         self.file(Request.SET_VRING_CALL, index, queue.call_fd if call_fd is None else call_fd)
         self.state(Request.SET_VRING_NUM, index, queue.size)
-        self.state(Request.SET_VRING_BASE, index, base)
+        self.state(Request.SET_VRING_BASE, index, queue.base if base is None else base)
         self.set_addr(index, user(queue.desc), user(queue.used), user(queue.avail))
         self.file(Request.SET_VRING_KICK, index, queue.kick_fd)
 
@@ -454,14 +281,13 @@ class NetDevice:
     queue_size: int = 256
     memory_size: int = 8 << 20
     memory: GuestMemory = field(init=False)
-    queues: list[Queue] = field(init=False)
+    queues: list[Any] = field(init=False)
     front: FrontEnd = field(init=False)
     rx_size: int = 2048
 
     def __post_init__(self) -> None:
         self.memory = GuestMemory(self.memory_size)
-        event_idx = bool(self.features & F_EVENT_IDX)
-        self.queues = [Queue(self.memory, self.queue_size, event_idx) for _ in range(2 * self.pairs)]
+        self.queues = [self.new_queue() for _ in range(2 * self.pairs)]
         self._tx_buffers: list[int] = []
         self._tx_ring = 0
         self._rx_parts: dict[int, list[bytes]] = {}
@@ -479,6 +305,11 @@ class NetDevice:
             queue.close()
         with contextlib.suppress(ValueError):
             self.memory.close()
+
+    def new_queue(self, size: int | None = None) -> VirtQueue:
+        kind = PackedQueue if self.features & F_PACKED else Queue
+        event_idx, in_order = bool(self.features & F_EVENT_IDX), bool(self.features & F_IN_ORDER)
+        return kind(self.memory, size or self.queue_size, event_idx, in_order)
 
     @property
     def header_size(self) -> int:
@@ -503,7 +334,7 @@ class NetDevice:
         front.set_features(self.features)
         front.set_mem_table(self.memory.slots, [self.memory.fd])
         for index, queue in enumerate(self.queues):
-            front.set_queue(index, queue, bases[index] if bases else 0)
+            front.set_queue(index, queue, bases[index] if bases else None)
         front.sync()
 
     def down(self) -> list[int]:
@@ -512,10 +343,10 @@ class NetDevice:
 
     # ---- frames ----
 
-    def rx(self, pair: int = 0) -> Queue:
+    def rx(self, pair: int = 0) -> Any:
         return self.queues[2 * pair]
 
-    def tx(self, pair: int = 0) -> Queue:
+    def tx(self, pair: int = 0) -> Any:
         return self.queues[2 * pair + 1]
 
     def post(self, count: int, size: int | None = None, pair: int = 0, indirect: bool = False) -> None:
