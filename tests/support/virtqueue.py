@@ -334,9 +334,9 @@ class PackedQueue(VirtQueue):
         off_wrap, wish = struct.unpack("<HH", self.memory.read(self.used, 4))
         wish &= 3
         if wish != EVENT_DESC:
-            return wish == EVENT_ENABLE
+            return bool(wish == EVENT_ENABLE)
         place = self._distance(old, (off_wrap & 0x7FFF, off_wrap >> 15))
-        return bool(place < self._distance(old, self._shown))
+        return place < self._distance(old, self._shown)
 
     def _distance(self, start: tuple[int, int], end: tuple[int, int]) -> int:
         """Descriptors from one place to a later one, less than two laps away."""
