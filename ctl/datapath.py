@@ -24,7 +24,7 @@ from .errors import DatapathError
 
 log = logging.getLogger(__name__)
 
-ABI = 6
+ABI = 7
 MAX_REGIONS = 509
 MAX_PAIRS = 128
 MAX_RING_SIZE = 32768
@@ -36,7 +36,8 @@ VRING_LOG_USED = 1
 NICQ_GSO_TCP4, NICQ_GSO_TCP6, NICQ_GSO_ECN, NICQ_GSO_UDP = 1, 2, 4, 8
 START_POLL = 0.001  # seconds between looks whether a worker has made its first turn
 POLL_MODES = {"adaptive": 0, "busy": 1, "interrupt": 2}
-DROP_MAX = 9
+DROP_MAX = 10
+MAX_MACS = 16  # unicast addresses that a guest may listen to besides its own
 FAULT_MAX = 7
 FAULT_CALL_BLOCKED = 6
 
@@ -50,7 +51,9 @@ DROP_NAMES: tuple[str, ...] = (
     "no_frames",
     "disabled",
     "no_uplink",
+    "filtered",
 )
+CTRL_NAMES: tuple[str, ...] = ("rx", "mac", "vlan", "announce", "mq", "guest_offloads", "other")
 
 
 class DpConf(Structure):
@@ -215,14 +218,20 @@ class WorkerCounters(Structure):
 
 
 class CtrlState(Structure):
-    """What a guest set through its control virtqueue."""
+    """What a guest set through its control virtqueue; commands by class and answer."""
 
     _fields_ = (
         ("pairs", c_uint32),
         ("rx_mode", c_uint32),
-        ("commands", c_uint64),
-        ("refused", c_uint64),
+        ("announced", c_uint32),
+        ("adopted", c_uint32),
+        ("accepted", c_uint64 * len(CTRL_NAMES)),
+        ("refused", c_uint64 * len(CTRL_NAMES)),
     )
+
+
+class MacRequestConf(Structure):
+    _fields_ = (("mac", c_uint8 * 6), ("nr", c_uint16), ("others", c_uint8 * 6 * MAX_MACS))
 
 
 class Fault(Structure):
@@ -255,6 +264,7 @@ MIRROR: Mapping[str, type[Structure]] = {
     "xv_mcast_counters": McastCounters,
     "xv_worker_counters": WorkerCounters,
     "xv_ctrl_state": CtrlState,
+    "xv_mac_request": MacRequestConf,
     "xv_fault": Fault,
 }
 
@@ -263,6 +273,7 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "xv_layout": (POINTER(LayoutEntry), (POINTER(c_uint32),)),
     "xv_drop_name": (c_char_p, (c_uint32,)),
     "xv_fault_name": (c_char_p, (c_uint32,)),
+    "xv_ctrl_name": (c_char_p, (c_uint32,)),
     "xv_features": (c_uint64, ()),
     "xv_dp_new": (c_int32, (POINTER(DpConf), POINTER(c_void_p))),
     "xv_dp_free": (None, (c_void_p,)),
@@ -279,7 +290,11 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "xv_guest_tx_counters": (POINTER(TxCounters), (c_void_p, c_uint32)),
     "xv_guest_ctrl": (POINTER(CtrlState), (c_void_p,)),
     "xv_guest_fault": (POINTER(Fault), (c_void_p,)),
+    "xv_guest_set_mac": (None, (c_void_p, c_char_p)),
     "xv_guest_reset": (None, (c_void_p,)),
+    "xv_guest_reset_ctrl": (None, (c_void_p,)),
+    "xv_guest_mac_request": (c_int32, (c_void_p, POINTER(MacRequestConf))),
+    "xv_guest_mac_answer": (c_int32, (c_void_p, c_int32)),
     "xv_guest_announce": (None, (c_void_p, c_char_p)),
     "xv_mem_new": (c_int32, (POINTER(RegionConf), c_uint32, c_void_p, POINTER(c_void_p))),
     "xv_mem_free": (None, (c_void_p,)),
@@ -416,6 +431,17 @@ class Vring(_Native):
         library().xv_vring_set_enabled(self.handle, int(enabled))
 
 
+class Addresses(NamedTuple):
+    """The unicast addresses that a guest listens to: its own, and others."""
+
+    mac: bytes
+    others: tuple[bytes, ...] = ()
+
+    @property
+    def all(self) -> tuple[bytes, ...]:
+        return (self.mac, *self.others)
+
+
 class GuestPort(_Native):
     """A configured guest: counters that outlive its connections."""
 
@@ -449,6 +475,21 @@ class GuestPort(_Native):
     def reset(self) -> None:
         """Forget fault and control state: a new front-end session begins. Its rings must not be published."""
         library().xv_guest_reset(self.handle)
+
+    def reset_ctrl(self) -> None:
+        """Forget what it set through its control virtqueue: a new driver begins. No ring may be published."""
+        library().xv_guest_reset_ctrl(self.handle)
+
+    def asked_addresses(self) -> Addresses | None:
+        """What the guest asks to listen to, once; it waits for answer_addresses() then."""
+        request = MacRequestConf()
+        if not library().xv_guest_mac_request(self.handle, byref(request)):
+            return None
+        return Addresses(bytes(request.mac), tuple(bytes(mac) for mac in request.others[: request.nr]))
+
+    def answer_addresses(self, granted: bool) -> bool:
+        """False: the guest was refused meanwhile, since this took too long, or is gone. Then undo the change."""
+        return int(library().xv_guest_mac_answer(self.handle, int(granted))) == 0
 
     def announce(self, mac: bytes) -> None:
         """Send a RARP request with this source on the guest's uplink (VHOST_USER_SEND_RARP)."""
@@ -663,9 +704,10 @@ class Datapath:
         _check(self._lib.xv_vring_new(mem.handle, byref(conf), byref(handle)), f"virtqueue of {num} entries")
         return Vring(handle.value or 0)
 
-    def guest(self, name: str, max_pairs: int) -> GuestPort:
+    def guest(self, name: str, max_pairs: int, mac: bytes) -> GuestPort:
         handle = c_void_p()
         _check(self._lib.xv_guest_new(max_pairs, byref(handle)), f"guest {name!r} with {max_pairs} queue pairs")
+        self._lib.xv_guest_set_mac(handle, mac)
         return GuestPort(handle.value or 0, name, max_pairs)
 
     def nicq(self, conf: NicqConf) -> Nicq:

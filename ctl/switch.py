@@ -162,7 +162,7 @@ class Switch:
             raise ConfigError(f"guest {spec.name!r} exists already; remove it first, or choose another name")
         nic = self.nics[nic_index]
         slot = self._free_slot()
-        entry = GuestEntry(self, slot, spec, nic, self.dp.guest(spec.name, spec.queues))
+        entry = GuestEntry(self, slot, spec, nic, self.dp.guest(spec.name, spec.queues, spec.mac))
         try:
             entry.xsks = nic.add_guest(slot, spec.name, [(0, spec.mac), (VLAN_ANY, spec.mac)])
             self.guests[spec.name] = entry

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..datapath import DROP_NAMES
+from ..datapath import CTRL_NAMES, DROP_NAMES
 from ..vhost.errors import Violation
 from ..vhost.offered import COUNTED, RESULTS
 
@@ -143,7 +143,8 @@ GUEST_DROPS = Metric(
     "xdpvhost_guest_drops_total",
     "counter",
     ("guest", "queue", "direction", "reason"),
-    "Frames dropped on the way to (rx) or from (tx) the guest: " + ", ".join(DROP_NAMES) + ".",
+    "Frames dropped on the way to (rx) or from (tx) the guest: " + ", ".join(DROP_NAMES) + ". filtered is no loss: the "
+    "guest has not asked for that address or VLAN.",
 )
 GUEST_KICKS = Metric(
     "xdpvhost_guest_kicks_total",
@@ -172,8 +173,10 @@ GUEST_RX_CHECKSUMS = Metric(
 GUEST_CONTROL = Metric(
     "xdpvhost_guest_control_commands_total",
     "counter",
-    ("guest", "result"),
-    "Commands of the guest's control virtqueue, for front-ends that leave it to the backend: ok, refused.",
+    ("guest", "class", "result"),
+    "Commands of the guest's control virtqueue, for front-ends that leave it to the backend, by class ("
+    + ", ".join(CTRL_NAMES)
+    + ") and answer (ok, refused).",
 )
 COPIED_BYTES = Metric(
     "xdpvhost_copied_bytes_total",

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from .. import __version__
-from ..datapath import ABI, DROP_NAMES, RxCounters, TxCounters
+from ..datapath import ABI, CTRL_NAMES, DROP_NAMES, RxCounters, TxCounters
 from ..xdp.maps import GUEST_VERDICTS, HOST_VERDICTS
 from . import declared as m
 from .declared import Metric
@@ -124,8 +124,9 @@ def _guest_samples(guest: GuestEntry) -> Iterator[Sample]:
     for request, result in m.MESSAGES:
         yield Sample(m.GUEST_MESSAGES, (name, request, result), guest.messages[request, result])
     ctrl = guest.port.ctrl
-    yield Sample(m.GUEST_CONTROL, (name, "ok"), ctrl.commands)
-    yield Sample(m.GUEST_CONTROL, (name, "refused"), ctrl.refused)
+    for kind, accepted, refused in zip(CTRL_NAMES, ctrl.accepted, ctrl.refused, strict=True):
+        yield Sample(m.GUEST_CONTROL, (name, kind, "ok"), accepted)
+        yield Sample(m.GUEST_CONTROL, (name, kind, "refused"), refused)
     for pair in range(guest.port.max_pairs):
         ring = (name, str(pair))
         rx, tx = guest.port.rx_counters(pair), guest.port.tx_counters(pair)

@@ -329,7 +329,8 @@ static inline void check_hostile(void)
 	const struct xv_rx_counters *rx = &h->guest->queues[0].rx;
 	const struct xv_tx_counters *tx = &h->guest->queues[0].tx;
 	const struct xv_ctrl_state *ctrl = &h->guest->ctrl;
-	uint64_t bytes;
+	const struct filter *filter = &h->guest->rules->filter;
+	uint64_t bytes, commands = 0;
 	uint16_t n;
 
 	CHECK(h->guest->fault.code < XV_FAULT_MAX);
@@ -341,10 +342,12 @@ static inline void check_hostile(void)
 	CHECK(tx->bytes - h->tx_bytes <= (uint64_t)n * NET_MAX_FRAME);
 	n = check_used(CTRL, h->isolated, &bytes);
 	CHECK(bytes <= n);
-	CHECK_EQ(ctrl->commands - h->commands, n);
-	CHECK(ctrl->refused <= ctrl->commands);
+	for (uint32_t i = 0; i < XV_CTRL_CLASSES; i++)
+		commands += ctrl->accepted[i] + ctrl->refused[i];
+	CHECK_EQ(commands - h->commands, n);
 	CHECK(ctrl->pairs >= 1 && ctrl->pairs <= 2);
-	CHECK(ctrl->rx_mode < 4);
+	CHECK(ctrl->rx_mode < 1u << 6);
+	CHECK(filter->nr_unicast <= XV_MAX_MACS && filter->nr_multicast <= FILTER_MULTICAST);
 	n = check_used(RX, h->isolated, &bytes);
 	CHECK(rx->packets - h->rx_packets <= n);
 	if (h->isolated)
@@ -353,7 +356,7 @@ static inline void check_hostile(void)
 	h->tx_bytes = tx->bytes;
 	h->rx_packets = rx->packets;
 	h->rx_bytes = rx->bytes;
-	h->commands = ctrl->commands;
+	h->commands = commands;
 }
 
 static inline bool turn(void)
@@ -379,6 +382,8 @@ static inline void settle(void)
 	f.peer[0].ring[TX].vr->patience = f.peer[1].ring[TX].vr->patience = 0;
 	if (h->ring[TX].vr)
 		h->ring[TX].vr->patience = 0;
+	if (h->guest)
+		h->guest->work.deadline = 0;
 	while (turn())
 		CHECK(++turns < 10000);
 	for (uint32_t i = 0; i < 2; i++)
@@ -473,6 +478,7 @@ static inline void hostile_start(uint64_t features, uint32_t num, uint16_t base,
 	uint64_t reads;
 
 	CHECK_EQ(xv_guest_new(2, &h->guest), 0);
+	xv_guest_set_mac(h->guest, hostile_mac);
 	h->features = features;
 	h->isolated = isolated;
 	for (uint32_t i = 0; i < RINGS; i++) {

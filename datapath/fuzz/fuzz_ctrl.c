@@ -13,30 +13,91 @@ static uint32_t le32(const uint8_t *p)
 	return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
+#define CTRL_FEATURES                                                                                            \
+	(BIT(VIRTIO_NET_F_CTRL_RX_EXTRA) | BIT(VIRTIO_NET_F_CTRL_VLAN) | BIT(VIRTIO_NET_F_CTRL_MAC_ADDR) |         \
+	 BIT(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS) | BIT(VIRTIO_NET_F_RSS) | BIT(VIRTIO_NET_F_HASH_REPORT))
+
+static uint32_t le16(const uint8_t *p)
+{
+	return (uint32_t)p[0] | (uint32_t)p[1] << 8;
+}
+
+/* Both tables are whole, and there is no other unicast address than its own in them: nobody here would grant that. */
+static bool model_tables(const uint8_t *data, uint32_t len)
+{
+	for (int table = 0; table < 2; table++) {
+		uint64_t end;
+
+		if (len < 4)
+			return false;
+		end = 4 + 6ull * le32(data);
+		if (end > len)
+			return false;
+		for (uint64_t at = 4; at < end; at += 6)
+			if (!(data[at] & 1) && memcmp(data + at, hostile_mac, 6))
+				return false;
+		data += end;
+		len -= (uint32_t)end;
+	}
+	return !len;
+}
+
+static bool model_rss(const uint8_t *data, uint32_t len, bool table)
+{
+	uint32_t entries = 1, at = 12;
+
+	if (len < 13)
+		return false;
+	if (table) {
+		entries = 1 + le16(data + 4);
+		at = 8 + 2 * entries + 2;
+		if (le16(data + 6) >= 2 || len < at + 1 || (entries & (entries - 1)) || entries > 128)
+			return false;
+		for (uint32_t i = 0; i < entries; i++)
+			if (le16(data + 8 + 2 * i) >= 2)
+				return false;
+		if (le16(data + at - 2) < 1 || le16(data + at - 2) > 2)
+			return false;
+	}
+	return le32(data) < 512 && data[at] <= 40 && len == at + 1 + data[at];
+}
+
 /* Whether a command is to be accepted (virtio 1.2, 5.1.6.5), two queue pairs being allowed. */
 static bool model(const uint8_t *cmd, uint32_t len, uint64_t features)
 {
+	const uint64_t offloads = BIT(VIRTIO_NET_F_GUEST_CSUM) | BIT(VIRTIO_NET_F_GUEST_TSO4) |
+				  BIT(VIRTIO_NET_F_GUEST_TSO6) | BIT(VIRTIO_NET_F_GUEST_ECN) | BIT(54) | BIT(55);
+	uint64_t wanted;
+
 	if (len < 2)
 		return false;
 	switch (cmd[0]) {
 	case VIRTIO_NET_CTRL_RX:
-		return features & BIT(VIRTIO_NET_F_CTRL_RX) && cmd[1] <= VIRTIO_NET_CTRL_RX_ALLMULTI && len == 3;
-	case VIRTIO_NET_CTRL_MAC: {
-		uint64_t first, second;
-
-		if (!(features & BIT(VIRTIO_NET_F_CTRL_RX)) || cmd[1] != VIRTIO_NET_CTRL_MAC_TABLE_SET || len < 10)
-			return false;
-		first = 6 + 6ull * le32(cmd + 2);
-		if (first + 4 > len)
-			return false;
-		second = first + 4 + 6ull * le32(cmd + first);
-		return second == len;
-	}
+		return features & BIT(VIRTIO_NET_F_CTRL_RX) && len == 3 &&
+		       cmd[1] <= (features & BIT(VIRTIO_NET_F_CTRL_RX_EXTRA) ? VIRTIO_NET_CTRL_RX_NOBCAST
+									       : VIRTIO_NET_CTRL_RX_ALLMULTI);
+	case VIRTIO_NET_CTRL_MAC:
+		if (cmd[1] == VIRTIO_NET_CTRL_MAC_ADDR_SET)
+			return features & BIT(VIRTIO_NET_F_CTRL_MAC_ADDR) && len == 8 && !memcmp(cmd + 2, hostile_mac, 6);
+		return features & BIT(VIRTIO_NET_F_CTRL_RX) && cmd[1] == VIRTIO_NET_CTRL_MAC_TABLE_SET &&
+		       model_tables(cmd + 2, len - 2);
+	case VIRTIO_NET_CTRL_VLAN:
+		return features & BIT(VIRTIO_NET_F_CTRL_VLAN) && cmd[1] <= VIRTIO_NET_CTRL_VLAN_DEL && len == 4 && cmd[3] < 16;
 	case VIRTIO_NET_CTRL_MQ:
+		if (cmd[1] == VIRTIO_NET_CTRL_MQ_RSS_CONFIG)
+			return features & BIT(VIRTIO_NET_F_RSS) && model_rss(cmd + 2, len - 2, true);
+		if (cmd[1] == VIRTIO_NET_CTRL_MQ_HASH_CONFIG)
+			return features & BIT(VIRTIO_NET_F_HASH_REPORT) && model_rss(cmd + 2, len - 2, false);
 		return features & BIT(VIRTIO_NET_F_MQ) && cmd[1] == VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET && len == 4 && !cmd[3] &&
 		       cmd[2] >= 1 && cmd[2] <= 2;
 	case VIRTIO_NET_CTRL_ANNOUNCE:
 		return features & BIT(VIRTIO_NET_F_GUEST_ANNOUNCE) && cmd[1] == VIRTIO_NET_CTRL_ANNOUNCE_ACK;
+	case VIRTIO_NET_CTRL_GUEST_OFFLOADS:
+		if (!(features & BIT(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)) || cmd[1] != VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET ||
+		    len != 10)
+			return false;
+		wanted = le32(cmd + 2) | (uint64_t)le32(cmd + 6) << 32;
+		return !(wanted & ~(features & offloads));
 	default:
 		return false;
 	}
@@ -130,6 +191,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	uint64_t features = in_features(&in);
 	uint8_t how = in8(&in);
 
+	if (features & BIT(VIRTIO_NET_F_CTRL_RX))
+		features |= CTRL_FEATURES;
 	hostile_start(features, 1u << how % 8, in16(&in), how & 0x80);
 	while (in.left)
 		act(&in);

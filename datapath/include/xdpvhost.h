@@ -19,12 +19,13 @@
 
 #define XV_API __attribute__((visibility("default")))
 
-#define XV_ABI 6u /* changes with every change of a struct or of a meaning below */
+#define XV_ABI 7u /* changes with every change of a struct or of a meaning below */
 
 #define XV_MAX_WORKERS 64u
 #define XV_MAX_REGIONS 509u    /* memory slots of one guest: what VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS grants */
 #define XV_MAX_PAIRS 128u      /* queue pairs of one guest */
 #define XV_MAX_RING_SIZE 32768u /* virtio 1.2, 2.7 */
+#define XV_MAX_MACS 16u        /* unicast addresses that a guest may listen to besides its own */
 #define XV_NO_RING UINT32_MAX
 #define XV_VLAN_ANY 0xffffu    /* in xv_mac_conf.vlan: every tagged frame for this MAC, whatever its VLAN */
 
@@ -46,7 +47,20 @@ enum xv_drop {
 	XV_DROP_NO_FRAMES,     /* to the NIC: no UMEM frame free, the NIC is slower than the guest */
 	XV_DROP_DISABLED,      /* from a guest: the ring is disabled, frames are consumed and discarded */
 	XV_DROP_NO_UPLINK,     /* from a guest: not for a guest here, and there is no NIC queue to send on */
+	XV_DROP_FILTERED,      /* to a guest: an address or a VLAN that it has not asked for; no loss */
 	XV_DROP_MAX
+};
+
+/* Classes of control commands (virtio 1.2, 5.1.6.5); xv_ctrl_name() names them in metrics. */
+enum xv_ctrl_class {
+	XV_CTRL_RX,
+	XV_CTRL_MAC,
+	XV_CTRL_VLAN,
+	XV_CTRL_ANNOUNCE,
+	XV_CTRL_MQ,
+	XV_CTRL_GUEST_OFFLOADS,
+	XV_CTRL_OTHER, /* a class that there is not, or no whole command */
+	XV_CTRL_CLASSES
 };
 
 /* Why the data plane gave a guest up; control ends the connection. xv_fault_name() has the sentence. */
@@ -221,9 +235,18 @@ struct xv_worker_counters {
 
 /* Net device state that the guest set through the control virtqueue; single words, read without a lock. */
 struct xv_ctrl_state {
-	uint32_t pairs;      /* queue pairs switched on by VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET */
+	uint32_t pairs;      /* queue pairs switched on by VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET or _RSS_CONFIG */
 	uint32_t rx_mode;    /* bit VIRTIO_NET_CTRL_RX_*: last value of each command */
-	uint64_t commands, refused;
+	uint32_t announced;  /* times that it acknowledged VIRTIO_NET_S_ANNOUNCE */
+	uint32_t adopted;    /* 1: it had been configured before this session, by commands that we have not seen */
+	uint64_t accepted[XV_CTRL_CLASSES], refused[XV_CTRL_CLASSES]; /* commands, by their answer */
+};
+
+/* The addresses that a guest asks for by VIRTIO_NET_CTRL_MAC_*. */
+struct xv_mac_request {
+	uint8_t mac[6];     /* its own */
+	uint16_t nr;        /* others */
+	uint8_t others[XV_MAX_MACS][6];
 };
 
 struct xv_fault { /* why the guest was given up */
@@ -241,6 +264,7 @@ XV_API uint32_t xv_abi(void);
 XV_API const struct xv_layout_entry *xv_layout(uint32_t *count);
 XV_API const char *xv_drop_name(uint32_t drop);   /* NULL past the end */
 XV_API const char *xv_fault_name(uint32_t code);  /* NULL past the end */
+XV_API const char *xv_ctrl_name(uint32_t class);  /* NULL past the end */
 XV_API uint64_t xv_features(void); /* virtio feature bits that the rings and the copy implement */
 
 /* ---- a data plane and its workers ---- */
@@ -261,7 +285,13 @@ XV_API const struct xv_rx_counters *xv_guest_rx_counters(const struct xv_guest *
 XV_API const struct xv_tx_counters *xv_guest_tx_counters(const struct xv_guest *guest, uint32_t pair);
 XV_API const struct xv_ctrl_state *xv_guest_ctrl(const struct xv_guest *guest);
 XV_API const struct xv_fault *xv_guest_fault(const struct xv_guest *guest);
+XV_API void xv_guest_set_mac(struct xv_guest *guest, const uint8_t mac[6]); /* as configured; before it is published */
 XV_API void xv_guest_reset(struct xv_guest *guest); /* forget fault and control state: a new front-end session */
+XV_API void xv_guest_reset_ctrl(struct xv_guest *guest); /* forget control state: a new driver. No ring is published. */
+/* 1: it asks for these addresses, and waits for xv_guest_mac_answer(); 0: it does not ask. */
+XV_API int xv_guest_mac_request(struct xv_guest *guest, struct xv_mac_request *out);
+/* 0, or -ECANCELED: it was refused meanwhile, because this took too long, or its session ended. Then undo the change. */
+XV_API int xv_guest_mac_answer(struct xv_guest *guest, int granted);
 XV_API void xv_guest_announce(struct xv_guest *guest, const uint8_t mac[6]); /* send a RARP for it on the uplink */
 
 XV_API int xv_mem_new(const struct xv_region *regions, uint32_t count, struct xv_guest *guest, struct xv_mem **out);

@@ -56,7 +56,9 @@ static const struct xv_layout_entry layout[] = {
 	FIELD(xv_worker_counters, wakeups), FIELD(xv_worker_counters, cycles_busy), FIELD(xv_worker_counters, packets),
 	FIELD(xv_worker_counters, heartbeat),
 	SIZE(xv_ctrl_state), FIELD(xv_ctrl_state, pairs), FIELD(xv_ctrl_state, rx_mode),
-	FIELD(xv_ctrl_state, commands), FIELD(xv_ctrl_state, refused),
+	FIELD(xv_ctrl_state, announced), FIELD(xv_ctrl_state, adopted), FIELD(xv_ctrl_state, accepted),
+	FIELD(xv_ctrl_state, refused),
+	SIZE(xv_mac_request), FIELD(xv_mac_request, mac), FIELD(xv_mac_request, nr), FIELD(xv_mac_request, others),
 	SIZE(xv_fault), FIELD(xv_fault, code), FIELD(xv_fault, ring), FIELD(xv_fault, detail),
 };
 
@@ -78,9 +80,25 @@ const char *xv_drop_name(uint32_t drop)
 		[XV_DROP_NO_FRAMES] = "no_frames",
 		[XV_DROP_DISABLED] = "disabled",
 		[XV_DROP_NO_UPLINK] = "no_uplink",
+		[XV_DROP_FILTERED] = "filtered",
 	};
 
 	return drop < XV_DROP_MAX ? names[drop] : NULL;
+}
+
+const char *xv_ctrl_name(uint32_t class)
+{
+	static const char *const names[XV_CTRL_CLASSES] = {
+		[XV_CTRL_RX] = "rx",
+		[XV_CTRL_MAC] = "mac",
+		[XV_CTRL_VLAN] = "vlan",
+		[XV_CTRL_ANNOUNCE] = "announce",
+		[XV_CTRL_MQ] = "mq",
+		[XV_CTRL_GUEST_OFFLOADS] = "guest_offloads",
+		[XV_CTRL_OTHER] = "other",
+	};
+
+	return class < XV_CTRL_CLASSES ? names[class] : NULL;
 }
 
 const char *xv_fault_name(uint32_t code)
@@ -106,5 +124,6 @@ uint64_t xv_features(void)
 	       1ull << VIRTIO_NET_F_HOST_TSO4 | 1ull << VIRTIO_NET_F_HOST_TSO6 | 1ull << VIRTIO_NET_F_HOST_ECN |
 	       1ull << VIRTIO_NET_F_GUEST_TSO4 | 1ull << VIRTIO_NET_F_GUEST_TSO6 | 1ull << VIRTIO_NET_F_GUEST_ECN |
 	       1ull << F_GUEST_USO4 | 1ull << F_GUEST_USO6 | 1ull << F_HOST_USO | 1ull << VIRTIO_NET_F_GUEST_CSUM | 1ull << VIRTIO_NET_F_CTRL_VQ | 1ull << VIRTIO_NET_F_CTRL_RX |
-	       1ull << VIRTIO_NET_F_MQ | 1ull << VIRTIO_NET_F_GUEST_ANNOUNCE;
+	       1ull << VIRTIO_NET_F_CTRL_RX_EXTRA | 1ull << VIRTIO_NET_F_CTRL_VLAN | 1ull << VIRTIO_NET_F_CTRL_MAC_ADDR |
+	       1ull << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS | 1ull << VIRTIO_NET_F_MQ | 1ull << VIRTIO_NET_F_GUEST_ANNOUNCE;
 }

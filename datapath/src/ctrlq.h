@@ -3,9 +3,9 @@
 #ifndef XV_CTRLQ_H
 #define XV_CTRLQ_H
 
-#include "port.h"
+#include "dp.h"
 
-/* Answer the waiting commands; the number of them. */
-uint32_t ctrlq_poll(struct xv_vring *vr, uint64_t features, uint32_t max_pairs, struct call_ctx *ctx);
+/* Serve a control virtqueue for a moment; whether there was work. Sets w->ctrl_waits while a command is not answered. */
+bool ctrlq_poll(struct worker *w, const struct ctrl_source *source);
 
 #endif

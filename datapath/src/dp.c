@@ -167,10 +167,23 @@ static bool is_past(const struct worker *w, uint64_t epoch)
 	       __atomic_load_n(&w->seen, __ATOMIC_SEQ_CST) >= epoch;
 }
 
+uint64_t dp_new_epoch(struct xv_dp *dp)
+{
+	return __atomic_add_fetch(&dp->epoch, 1, __ATOMIC_SEQ_CST);
+}
+
+bool dp_is_past(const struct xv_dp *dp, uint64_t epoch, const struct worker *except)
+{
+	for (uint32_t i = 0; i < dp->conf.workers; i++)
+		if (&dp->workers[i] != except && !is_past(&dp->workers[i], epoch))
+			return false;
+	return true;
+}
+
 void xv_quiesce(struct xv_dp *dp)
 {
 	const struct timespec pause = {.tv_nsec = 20000};
-	uint64_t epoch = __atomic_add_fetch(&dp->epoch, 1, __ATOMIC_SEQ_CST);
+	uint64_t epoch = dp_new_epoch(dp);
 
 	for (uint32_t i = 0; i < dp->conf.workers; i++) {
 		for (uint32_t tries = 0; !is_past(&dp->workers[i], epoch); tries++) {

@@ -22,6 +22,7 @@ struct worker {
 	uint32_t requests_seen;
 	uint64_t mcast_due, last_work, watchdog_turns;
 	bool tx_stalls;        /* a guest's frames wait for another's buffers, as long as their patience lasts */
+	bool ctrl_waits;       /* a control command waits for control, or for other workers */
 	bool rx_stalls;        /* a NIC's frames wait for buffers whose kick another worker gets */
 	uint32_t first;        /* where its next turn begins: no port is always served last */
 	struct call_ctx calls;
@@ -35,7 +36,7 @@ struct xv_dp {
 	struct xv_dp_conf conf;
 	int event_fd;
 	struct snapshot *snap; /* NULL: workers are held, xv_publish() */
-	uint64_t epoch;        /* moved by xv_publish() and xv_quiesce() */
+	uint64_t epoch;        /* moved by xv_publish(), xv_quiesce() and workers that change a guest's rules */
 	uint32_t requests;     /* moved when a guest is to be announced or interrupted */
 	uint32_t generation;   /* of sources registered with epoll */
 	bool stopping;
@@ -44,6 +45,10 @@ struct xv_dp {
 };
 
 void worker_wake(struct worker *worker);
+/* Begin an epoch: whoever has seen it sees all that was stored before. */
+uint64_t dp_new_epoch(struct xv_dp *dp);
+/* Whether every worker but `except` (NULL: none) has begun a turn in this epoch, or holds nothing. */
+bool dp_is_past(const struct xv_dp *dp, uint64_t epoch, const struct worker *except);
 /* Visit every source of the worker once; whether there was work. `all`: also those that cost a system call to look at. */
 bool worker_turn(struct worker *w, const struct snapshot *snap, bool all);
 

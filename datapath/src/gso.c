@@ -107,6 +107,8 @@ uint32_t gso_cut_next(struct gso_cut *cut, struct gso_room *room)
 			.csum_start = whole->csum_start,
 			.csum_offset = whole->csum_offset,
 			.flags = VIEW_NEEDS_CSUM,
+			.hash = whole->hash, /* of one flow */
+			.hash_report = whole->hash_report,
 		};
 		memcpy(room->headers[n], gso->bytes, gso->len);
 		fit_header(room->headers[n], cut, len, cut->done + len == cut->payload);

@@ -32,7 +32,7 @@ int xv_guest_new(uint32_t max_pairs, struct xv_guest **out)
 	memset(guest, 0, sizeof(*guest) + max_pairs * sizeof(guest->queues[0]));
 	guest->max_pairs = max_pairs;
 	guest->event_fd = -1;
-	guest->ctrl.pairs = 1;
+	xv_guest_reset_ctrl(guest);
 	*out = guest;
 	return 0;
 }
@@ -62,14 +62,66 @@ const struct xv_fault *xv_guest_fault(const struct xv_guest *guest)
 	return &guest->fault;
 }
 
+void xv_guest_set_mac(struct xv_guest *guest, const uint8_t mac[6])
+{
+	guest->mac = filter_word(mac);
+	xv_guest_reset_ctrl(guest);
+}
+
+void xv_guest_reset_ctrl(struct xv_guest *guest)
+{
+	struct xv_ctrl_state *ctrl = &guest->ctrl;
+	uint32_t taken = MAC_TAKEN;
+
+	ctrl->pairs = 1;
+	ctrl->rx_mode = ctrl->announced = ctrl->adopted = 0;
+	filter_reset(&guest->room[0].filter, guest->mac);
+	rss_reset(&guest->room[0].rss);
+	guest->rules = &guest->room[0];
+	guest->offloads = UINT32_MAX;
+	guest->fresh = true;
+	guest->work = (struct ctrl_work){.state = CTRL_NONE};
+	if (!__atomic_compare_exchange_n(&guest->mac_state, &taken, MAC_GIVEN_UP, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED) &&
+	    taken != MAC_GIVEN_UP)
+		store_release(&guest->mac_state, (uint32_t)MAC_IDLE);
+}
+
+void guest_ctrl_begins(struct xv_guest *guest, bool resumed)
+{
+	if (guest->fresh && resumed) {
+		filter_open(&guest->room[0].filter);
+		guest->ctrl.adopted = 1;
+	}
+	guest->fresh = false;
+}
+
+int xv_guest_mac_request(struct xv_guest *guest, struct xv_mac_request *out)
+{
+	uint32_t asked = MAC_ASKED;
+
+	/* acquire pairs with the worker's release when it asked */
+	if (!__atomic_compare_exchange_n(&guest->mac_state, &asked, MAC_TAKEN, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+		return 0;
+	*out = guest->mac_request;
+	return 1;
+}
+
+int xv_guest_mac_answer(struct xv_guest *guest, int granted)
+{
+	uint32_t taken = MAC_TAKEN;
+
+	if (!__atomic_compare_exchange_n(&guest->mac_state, &taken, granted ? MAC_GRANTED : MAC_DENIED, false,
+					 __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
+		store_release(&guest->mac_state, (uint32_t)MAC_IDLE);
+		return -ECANCELED;
+	}
+	dp_request(guest->dp);
+	return 0;
+}
+
 void xv_guest_reset(struct xv_guest *guest)
 {
-	uint64_t commands = guest->ctrl.commands, refused = guest->ctrl.refused;
-
-	memset(&guest->ctrl, 0, sizeof(guest->ctrl));
-	guest->ctrl.pairs = 1;
-	guest->ctrl.commands = commands;
-	guest->ctrl.refused = refused;
+	xv_guest_reset_ctrl(guest);
 	store_release(&guest->announce, 0u);
 	store_release(&guest->fault.code, (uint32_t)XV_FAULT_NONE);
 }

@@ -78,6 +78,15 @@ static inline uint16_t net_pseudo_sum(const struct net_headers *h, uint32_t len)
 /* GSO_BITs that these negotiated features let the guest send (`host`), or be given. */
 uint32_t net_gso_bits(uint64_t features, bool host);
 
+/* The longest header there is: struct virtio_net_hdr_v1_hash. The shorter ones are what it begins with. */
+struct net_header {
+	struct virtio_net_hdr_mrg_rxbuf mrg;
+	uint32_t hash;
+	uint16_t hash_report, padding;
+};
+
+_Static_assert(sizeof(struct net_header) == 20 && offsetof(struct net_header, hash) == 12, "virtio 1.2, 5.1.6");
+
 /* The GSO types that a frame of this header may have, all in `allowed`. */
 static inline bool net_gso_allowed(uint8_t gso_type, uint32_t allowed)
 {
@@ -123,6 +132,16 @@ static inline void net_header_out(struct virtio_net_hdr *hdr, const struct xv_vi
 		hdr->gso_type = view->gso_type;
 		hdr->gso_size = view->gso_type ? view->gso_size : 0;
 		hdr->hdr_len = view->gso_type ? view->hdr_len : 0;
+	}
+}
+
+/* All of a header of `len` bytes; `to` has room for any. */
+static inline void net_whole_header_out(struct net_header *to, uint32_t len, const struct xv_view *view)
+{
+	net_header_out(&to->mrg.hdr, view);
+	if (unlikely(len == sizeof(*to))) {
+		to->hash = view->hash;
+		to->hash_report = view->hash_report;
 	}
 }
 

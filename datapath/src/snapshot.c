@@ -20,6 +20,31 @@ static uint32_t keep_of(const struct xv_xsk *xsk, uint32_t nr_guests)
 	return MAX(share, KEEP_LEAST);
 }
 
+/* Which of the guest's rules count. Where the front-end has the control virtqueue, we know none of them. */
+static uint32_t rules_of(const struct xv_guest_conf *conf)
+{
+	const uint64_t hashes = 1ull << VIRTIO_NET_F_RSS | 1ull << VIRTIO_NET_F_HASH_REPORT;
+
+	/* without rules a frame is told to have no hash, for which its view must be visited all the same */
+	return (conf->features & hashes ? PORT_HASHES : 0) |
+	       (conf->ctrl != XV_NO_RING && conf->features & 1ull << VIRTIO_NET_F_CTRL_RX ? FILTER_BY_ADDRESS : 0) |
+	       (conf->ctrl != XV_NO_RING && conf->features & 1ull << VIRTIO_NET_F_CTRL_VLAN ? FILTER_BY_VLAN : 0);
+}
+
+/* A joined frame needs several of the usual buffers, and cannot be cut again: every ring must take it. */
+static uint32_t join_of(const struct port *port)
+{
+	uint32_t join = UINT32_MAX, rings = 0;
+
+	for (uint32_t i = 0; i < port->nr_rx; i++) {
+		if (!port->rx[i])
+			continue;
+		join &= port->rx[i]->mergeable ? port->rx[i]->guest_gso : 0;
+		rings++;
+	}
+	return rings ? join : 0;
+}
+
 static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_guest_conf *conf, uint32_t nr_guests)
 {
 	struct xv_vring *const *rings = at(conf->rings);
@@ -31,9 +56,8 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 	port->guest = (struct xv_guest *)(uintptr_t)conf->guest;
 	port->nic = conf->nic;
 	port->worker = conf->worker;
-	/* a joined frame needs several of the usual buffers */
-	port->join = conf->features & 1ull << VIRTIO_NET_F_MRG_RXBUF ? net_gso_bits(conf->features, false) : 0;
 	port->own_ctrl = conf->ctrl != XV_NO_RING;
+	port->rules = rules_of(conf);
 	if (!port->guest || !conf->max_pairs || conf->max_pairs > port->guest->max_pairs ||
 	    conf->nr_rings > 2 * port->guest->max_pairs + 1)
 		return -EINVAL;
@@ -51,6 +75,7 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 			duty = &snap->duties[conf->worker % workers];
 			vr->queue = &port->guest->queues[0];
 			vr->kick.events = NULL;
+			guest_ctrl_begins(port->guest, vr->next != (vr->packed ? PACKED_WRAP : 0));
 			duty->ctrl[duty->nr_ctrl++] = (struct ctrl_source){vr, conf->features, conf->max_pairs};
 			continue;
 		}
@@ -67,6 +92,7 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 			port->nr_rx = i / 2 + 1;
 		}
 	}
+	port->join = join_of(port);
 	for (uint32_t i = 0; i < conf->nr_xsks; i++) {
 		struct duty *duty = &snap->duties[(conf->worker + i) % workers];
 

@@ -13,9 +13,12 @@ struct port { /* a guest */
 	struct xv_guest *guest;
 	struct xv_vring **rx; /* nr_rx receive rings by pair, NULL where not started */
 	uint32_t nr_rx, nic, worker;
-	uint32_t join;        /* GSO_BITs of what its frames may be joined to on the way from a NIC */
+	uint32_t join;        /* GSO_BITs that each of its receive rings takes over merged buffers */
 	bool own_ctrl;        /* the control virtqueue is ours, so pairs are switched on by it */
+	uint32_t rules;       /* what of its rx_rules counts: FILTER_BY_*, PORT_HASHES */
 };
+
+#define PORT_HASHES 4u /* frames are hashed, if its rules say so */
 
 struct nic {
 	struct xv_nicq **queues;

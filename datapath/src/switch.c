@@ -44,19 +44,18 @@ static uint32_t find_destination(const struct snapshot *snap, const struct xv_vi
 	return port;
 }
 
-/* The receive ring for a frame: the hint's, or the next one that is switched on. NULL: none is. */
-static struct xv_vring *rx_ring(const struct port *port, uint32_t hint)
+/* The receive ring of pair `hint`, of those below `n`, or the next one that is switched on. NULL: none is. */
+static struct xv_vring *usable_ring(const struct port *port, uint32_t hint, uint32_t n)
 {
-	uint32_t n = port->nr_rx;
-
-	if (unlikely(!n))
-		return NULL;
-	if (port->own_ctrl)
-		n = MIN(n, load_once(&port->guest->ctrl.pairs));
 	for (uint32_t i = 0, at = n > 1 ? hint % n : 0; i < n; i++, at = at + 1 == n ? 0 : at + 1)
 		if (port->rx[at] && vring_usable(port->rx[at]))
 			return port->rx[at];
 	return NULL;
+}
+
+static struct xv_vring *rx_ring(const struct port *port, uint32_t hint)
+{
+	return usable_ring(port, hint, port->own_ctrl ? MIN(port->nr_rx, load_once(&port->guest->ctrl.pairs)) : port->nr_rx);
 }
 
 static void drop_rx(struct guest_queue *queue, enum xv_drop why, uint32_t n)
@@ -66,16 +65,30 @@ static void drop_rx(struct guest_queue *queue, enum xv_drop why, uint32_t n)
 	spin_unlock(&queue->rx_lock);
 }
 
+static void drop_to_pair(const struct port *port, uint32_t pair, enum xv_drop why, uint32_t n)
+{
+	drop_rx(&port->guest->queues[pair % port->guest->max_pairs], why, n);
+}
+
 void switch_drop_stalled(struct xv_vring *stalled, uint32_t n)
 {
 	if (n)
 		drop_rx(stalled->queue, XV_DROP_NO_BUFFERS, n);
 }
 
-/* Whether a ring takes a frame in one piece. */
+uint32_t switch_joins(const struct port *port)
+{
+	return port->join & load_once(&port->guest->offloads);
+}
+
+/*
+ * Whether a ring takes a frame in one piece. One that was joined for this guest (it has no gso) was found fit for that in
+ * this very turn; if the guest has switched it off meanwhile, it is not told so before the turn ends.
+ */
 static inline bool takes(const struct xv_vring *vr, const struct xv_view *view)
 {
-	return likely(!view->gso_type) || net_gso_allowed(view->gso_type, vr->guest_gso);
+	return likely(!view->gso_type) || !view->gso ||
+	       net_gso_allowed(view->gso_type, vr->guest_gso & load_once(&vr->guest->offloads));
 }
 
 /* A GSO frame for a guest that does not take such: in segments. Those that find no buffer are dropped. */
@@ -96,39 +109,140 @@ static void cut_to_guest(struct xv_vring *vr, const struct xv_view *view, struct
 
 void switch_drop(const struct snapshot *snap, uint32_t index, uint32_t hint, enum xv_drop why, uint32_t n)
 {
-	struct xv_guest *guest = snap->ports[index].guest;
+	drop_to_pair(&snap->ports[index], hint, why, n);
+}
 
-	drop_rx(&guest->queues[hint % guest->max_pairs], why, n);
+/* All of it into one ring; answers how many views are done with, fewer than n when its buffers ran out. */
+static uint32_t to_ring(struct xv_vring *vr, const struct xv_view *const *views, uint32_t n, struct call_ctx *ctx)
+{
+	uint32_t done = 0;
+
+	while (done < n) {
+		uint32_t whole = 0, taken;
+
+		while (done + whole < n && takes(vr, views[done + whole]))
+			whole++;
+		if (unlikely(!whole)) {
+			cut_to_guest(vr, views[done++], ctx);
+			continue;
+		}
+		taken = guest_tx_burst(vr, views + done, whole, ctx);
+		done += taken;
+		if (taken < whole)
+			break;
+	}
+	return done;
+}
+
+static uint32_t to_pair(const struct port *port, uint32_t hint, const struct xv_view *const *views, uint32_t n,
+			struct call_ctx *ctx, struct xv_vring **stalled)
+{
+	struct xv_vring *vr = rx_ring(port, hint);
+	uint32_t done;
+
+	if (unlikely(!vr)) {
+		drop_to_pair(port, hint, XV_DROP_NOT_CONNECTED, n);
+		return n;
+	}
+	done = to_ring(vr, views, n, ctx);
+	if (done < n)
+		*stalled = vr;
+	return done;
+}
+
+/* ---- guests that asked for more than all their frames in one queue ---- */
+
+/* Each frame into the queue that the guest's table names. Where that is several, what one can't take now is dropped. */
+static uint32_t by_table(const struct port *port, const struct rss *rss, const struct xv_view *const *all, uint32_t n,
+			 struct call_ctx *ctx, struct xv_vring **stalled)
+{
+	const struct xv_view *left[XV_BURST], *mine[XV_BURST];
+	uint32_t nr_left = n, done = n;
+
+	memcpy(left, all, n * sizeof(left[0]));
+	while (nr_left) {
+		const uint32_t pair = rss_pair(rss, left[0]->hash, left[0]->hash_report);
+		struct xv_vring *vr = usable_ring(port, pair, port->nr_rx);
+		uint32_t nr = 0, others = 0, taken;
+
+		for (uint32_t i = 0; i < nr_left; i++) {
+			if (rss_pair(rss, left[i]->hash, left[i]->hash_report) == pair)
+				mine[nr++] = left[i];
+			else
+				left[others++] = left[i];
+		}
+		nr_left = others;
+		if (unlikely(!vr)) {
+			drop_to_pair(port, pair, XV_DROP_NOT_CONNECTED, nr);
+			continue;
+		}
+		taken = to_ring(vr, mine, nr, ctx);
+		if (taken == nr)
+			continue;
+		if (nr < n) {
+			switch_drop_stalled(vr, nr - taken);
+		} else {
+			*stalled = vr;
+			done = taken;
+		}
+	}
+	return done;
+}
+
+static void hash_views(const struct rss *rss, const struct xv_view *const *views, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++) {
+		struct xv_view *view = (struct xv_view *)(uintptr_t)views[i]; /* see view.h */
+
+		view->hash = rss_hash(rss, view, &view->hash_report);
+	}
+}
+
+static bool wants(const struct filter *filter, const struct xv_view *view, uint32_t parts)
+{
+	uint8_t copy[FILTER_PEEK] = {0};
+
+	if (likely(view->first.len >= sizeof(copy)))
+		return filter_passes(filter, view->first.data, parts);
+	view_peek(view, copy, sizeof(copy));
+	return filter_passes(filter, copy, parts);
+}
+
+static uint32_t by_rules(const struct port *port, uint32_t hint, const struct xv_view *const *views, uint32_t n,
+			 struct call_ctx *ctx, struct xv_vring **stalled)
+{
+	/* acquire pairs with the release in put_rules_in_force() */
+	const struct rx_rules *rules = load_acquire(&port->guest->rules);
+	const uint32_t parts = port->rules & (FILTER_BY_ADDRESS | FILTER_BY_VLAN);
+	const struct xv_view *wanted[XV_BURST];
+	uint32_t at[XV_BURST + 1], nr = 0, done;
+
+	for (uint32_t i = 0; i < n; i++) {
+		if (parts && !wants(&rules->filter, views[i], parts))
+			continue;
+		at[nr] = i;
+		wanted[nr++] = views[i];
+	}
+	at[nr] = n;
+	if (port->rules & PORT_HASHES)
+		hash_views(&rules->rss, wanted, nr);
+	if (rules->rss.steer)
+		done = by_table(port, &rules->rss, wanted, nr, ctx, stalled);
+	else
+		done = nr ? to_pair(port, hint, wanted, nr, ctx, stalled) : 0;
+	if (at[done] > done)
+		drop_to_pair(port, hint, XV_DROP_FILTERED, at[done] - done);
+	return at[done];
 }
 
 uint32_t switch_to_guest(const struct snapshot *snap, uint32_t index, uint32_t hint, const struct xv_view *const *views,
 			 uint32_t n, struct call_ctx *ctx, struct xv_vring **stalled)
 {
 	const struct port *port = &snap->ports[index];
-	struct xv_vring *vr = rx_ring(port, hint);
-	uint32_t done;
 
-	if (unlikely(!vr)) {
-		switch_drop(snap, index, hint, XV_DROP_NOT_CONNECTED, n);
-		return n;
-	}
-	for (done = 0; done < n;) {
-		uint32_t whole = 0, taken;
-
-		while (done + whole < n && takes(vr, views[done + whole]))
-			whole++;
-		if (likely(whole)) {
-			taken = guest_tx_burst(vr, views + done, whole, ctx);
-			done += taken;
-			if (taken < whole) {
-				*stalled = vr;
-				break;
-			}
-		} else {
-			cut_to_guest(vr, views[done++], ctx);
-		}
-	}
-	return done;
+	if (likely(!port->rules))
+		return to_pair(port, hint, views, n, ctx, stalled);
+	return by_rules(port, hint, views, n, ctx, stalled);
 }
 
 static void to_uplink(const struct snapshot *snap, const struct origin *from, const struct xv_view *const *views, uint32_t n,

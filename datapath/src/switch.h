@@ -33,6 +33,8 @@ uint32_t switch_to_guest(const struct snapshot *snap, uint32_t port, uint32_t hi
 			 uint32_t n, struct call_ctx *ctx, struct xv_vring **stalled);
 /* Count frames that were for a guest (its place in the snapshot) and were dropped. */
 void switch_drop(const struct snapshot *snap, uint32_t port, uint32_t hint, enum xv_drop why, uint32_t n);
+/* GSO_BITs of what frames from a NIC may be joined to before they are switched to this guest. */
+uint32_t switch_joins(const struct port *port);
 /* Count frames dropped because the guest had no buffers for them. */
 void switch_drop_stalled(struct xv_vring *stalled, uint32_t n);
 

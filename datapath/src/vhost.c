@@ -27,7 +27,7 @@ static bool view_walk(struct xv_vring *vr, const struct xv_buf *buf, struct xv_b
 {
 	struct xv_view *view = &burst->views[burst->nr];
 	struct xv_seg *segs = &burst->segs[burst->nr_segs];
-	struct virtio_net_hdr_mrg_rxbuf hdr;
+	struct net_header hdr;
 	uint32_t skip = vr->header_len, at = 0, nr;
 	enum xv_drop why;
 	uint64_t bytes;
@@ -64,7 +64,7 @@ static bool view_walk(struct xv_vring *vr, const struct xv_buf *buf, struct xv_b
 	view->nr_more = (uint16_t)(nr - at - 1);
 	view->len = (uint32_t)(bytes - skip);
 	why = XV_DROP_BAD_HEADER;
-	if (unlikely(!net_header_in(&hdr.hdr, vr->csum, vr->host_gso, view)))
+	if (unlikely(!net_header_in(&hdr.mrg.hdr, vr->csum, vr->host_gso, view)))
 		goto drop;
 	if (view->gso_type && !gso_check(view, gso))
 		goto drop;
@@ -165,13 +165,16 @@ void guest_rx_release(struct xv_vring *vr, const struct xv_burst *burst, const s
 
 static inline void write_plain_header(uint8_t *to, uint32_t header_len, const struct xv_view *view)
 {
-	struct virtio_net_hdr_mrg_rxbuf hdr = {.num_buffers = 1};
+	struct net_header hdr = {.mrg.num_buffers = 1};
 
-	net_header_out(&hdr.hdr, view);
-	if (likely(header_len == sizeof(hdr)))
-		memcpy(to, &hdr, sizeof(hdr));
+	net_whole_header_out(&hdr, header_len, view);
+	/* each length a constant */
+	if (likely(header_len == sizeof(hdr.mrg)))
+		memcpy(to, &hdr, sizeof(hdr.mrg));
+	else if (header_len == sizeof(hdr.mrg.hdr))
+		memcpy(to, &hdr, sizeof(hdr.mrg.hdr));
 	else
-		memcpy(to, &hdr.hdr, sizeof(hdr.hdr));
+		memcpy(to, &hdr, sizeof(hdr));
 }
 
 /* Writes a stream of bytes over the guest's segments. */
@@ -248,12 +251,21 @@ static uint32_t put_frame(struct writer *w, const struct xv_view *view, bool fin
 
 enum delivery { DELIVERED, DROPPED, NO_BUFFERS };
 
+/*
+ * Whether the copy has to finish the checksum. A frame that stands for many is here only if the guest takes such, or has
+ * switched that off in this turn (switch.c).
+ */
+static inline bool must_finish(const struct xv_vring *vr, const struct xv_view *view)
+{
+	return view->flags & VIEW_NEEDS_CSUM && !view->gso_type && !vring_takes_csum(vr);
+}
+
 /* One frame into any layout of buffers. Nothing is consumed unless it is delivered. */
 static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *view, uint64_t *copied)
 {
 	const uint64_t need = (uint64_t)vr->header_len + view->len;
-	const bool finish = view->flags & VIEW_NEEDS_CSUM && !vr->guest_csum;
-	struct virtio_net_hdr_mrg_rxbuf hdr = {0};
+	const bool finish = must_finish(vr, view);
+	struct net_header hdr = {0};
 	struct xv_seg segs[MERGE_MAX];
 	struct xv_buf bufs[MERGE_MAX];
 	uint32_t room[MERGE_MAX], nr_segs = 0, buffers = 0, budget = BUDGET_MAX;
@@ -289,9 +301,10 @@ static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *vie
 
 	struct writer w = {segs, 0, 0};
 
-	if (!finish)
-		net_header_out(&hdr.hdr, view);
-	hdr.num_buffers = (uint16_t)buffers;
+	net_whole_header_out(&hdr, vr->header_len, view);
+	if (finish)
+		memset(&hdr.mrg.hdr, 0, sizeof(hdr.mrg.hdr));
+	hdr.mrg.num_buffers = (uint16_t)buffers;
 	put(&w, (const uint8_t *)&hdr, vr->header_len, NULL);
 	*copied += put_frame(&w, view, finish);
 	wrote(vr, &w);
@@ -322,7 +335,7 @@ static inline always_inline uint32_t find_places(struct xv_vring *vr, const stru
 
 		if (unlikely(descs[i].flags != VRING_DESC_F_WRITE || descs[i].len < need))
 			return i;
-		if (unlikely(views[i]->flags & VIEW_NEEDS_CSUM && !vr->guest_csum))
+		if (unlikely(must_finish(vr, views[i])))
 			return i;
 		to[i] = mem_at(vr->mem, descs[i].addr, need, &got);
 		if (unlikely(got < need))
@@ -383,7 +396,7 @@ static inline always_inline uint32_t tx_burst(struct xv_vring *vr, const struct 
 			if (result == DELIVERED) {
 				packets++;
 				bytes += views[done]->len;
-				partial += views[done]->flags & VIEW_NEEDS_CSUM && vr->guest_csum;
+				partial += views[done]->flags & VIEW_NEEDS_CSUM && !must_finish(vr, views[done]);
 			}
 			done++;
 		}

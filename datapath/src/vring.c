@@ -346,6 +346,8 @@ int xv_vring_new(struct xv_mem *mem, const struct xv_vring_conf *conf, struct xv
 	vr->guest_gso = net_gso_bits(features, false);
 	vr->header_len = (vr->mergeable || features & 1ull << VIRTIO_F_VERSION_1) ? sizeof(struct virtio_net_hdr_mrg_rxbuf)
 										 : sizeof(struct virtio_net_hdr);
+	if (features & 1ull << VIRTIO_NET_F_HASH_REPORT)
+		vr->header_len = sizeof(struct net_header);
 	if (features & 1ull << VHOST_F_LOG_ALL) {
 		vr->log = (const struct xv_mem *)(uintptr_t)conf->log;
 		vr->log_used = vr->log && conf->flags & XV_VRING_LOG_USED;

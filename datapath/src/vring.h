@@ -56,7 +56,7 @@ struct xv_vring {
 	struct guest_queue *queue; /* counters and lock; bound by xv_publish() */
 	uint32_t num, index;       /* index: of the vring in its device; bound by xv_publish() */
 	uint16_t mask;             /* split */
-	uint8_t header_len;        /* of the virtio-net header: 10 or 12 bytes */
+	uint8_t header_len;        /* of the virtio-net header: 10, 12 or 20 bytes */
 	bool packed, event_idx, indirect, in_order, mergeable, csum, guest_csum, call_is_socket, log_used;
 	uint32_t host_gso, guest_gso; /* GSO_BITs: what the guest may send, and what it takes */
 	/* set by control while it runs */
@@ -81,6 +81,12 @@ struct xv_buf {
 	cursor at;
 	uint16_t padding;
 };
+
+/* Whether the guest takes frames with an open checksum: negotiated, and not switched off by a control command. */
+static inline bool vring_takes_csum(const struct xv_vring *vr)
+{
+	return vr->guest_csum && load_once(&vr->guest->offloads) & OFFLOAD_CSUM;
+}
 
 static inline bool vring_usable(const struct xv_vring *vr)
 {

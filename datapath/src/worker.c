@@ -46,7 +46,7 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 		stalled = xsk->stalled_on;
 		done = 0;
 	} else {
-		uint32_t join = snap->ports[source->port].join, frames[XV_BURST], n;
+		uint32_t join = switch_joins(&snap->ports[source->port]), frames[XV_BURST], n;
 
 		dropped = xsk_rx_burst(xsk, &w->burst);
 		if (unlikely(dropped))
@@ -130,8 +130,7 @@ static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct 
 
 static bool poll_ctrl(struct worker *w, const struct ctrl_source *source)
 {
-	return !guest_faulted(source->vring->guest) &&
-	       ctrlq_poll(source->vring, source->features, source->max_pairs, &w->calls);
+	return !guest_faulted(source->vring->guest) && ctrlq_poll(w, source);
 }
 
 static bool poll_mcast(struct worker *w, const struct snapshot *snap, const struct mcast_source *source)
@@ -240,7 +239,7 @@ bool worker_turn(struct worker *w, const struct snapshot *snap, bool all)
 	uint64_t start = cycles_now();
 	bool busy = false;
 
-	w->tx_stalls = w->rx_stalls = false;
+	w->tx_stalls = w->rx_stalls = w->ctrl_waits = false;
 	w->first++;
 	serve_requests(w, snap);
 	for (uint32_t n = 0, i = first_of(w, duty->nr_xsk); n < duty->nr_xsk; n++, i = next_of(i, duty->nr_xsk))
@@ -308,7 +307,7 @@ static int longest_sleep(const struct worker *w)
 {
 	int timeout = -1;
 
-	if (w->tx_stalls)
+	if (w->tx_stalls || w->ctrl_waits)
 		timeout = 1;
 	else if (w->rx_stalls || load_once(&w->blind))
 		timeout = 20;

@@ -56,7 +56,7 @@ struct driver {
 	uint64_t top; /* bytes given out */
 	struct xv_guest *guest;
 	struct xv_mem *mem;
-	struct ring ring[4]; /* RX 0, TX 0, RX 1, TX 1 */
+	struct ring ring[5]; /* RX 0, TX 0, RX 1, TX 1, control */
 	uint64_t features;
 	uint8_t mac[6];
 	struct xv_xsk *xsk;
@@ -111,14 +111,15 @@ static inline void driver_init(struct driver *d, uint8_t last, uint64_t features
 	d->features = features;
 	memcpy(d->mac, (uint8_t[]){0x52, 0x54, 0, 0, 0, last}, 6);
 	CHECK_EQ(xv_guest_new(2, &d->guest), 0);
+	xv_guest_set_mac(d->guest, d->mac);
 	CHECK_EQ(xv_mem_new(&region, 1, d->guest, &d->mem), 0);
-	for (int i = 0; i < 4; i++)
+	for (int i = 0; i < 5; i++)
 		ring_init(d, &d->ring[i], num);
 }
 
 static inline void driver_free(struct driver *d)
 {
-	for (int i = 0; i < 4; i++) {
+	for (int i = 0; i < 5; i++) {
 		xv_vring_free(d->ring[i].vr);
 		close(d->ring[i].call);
 	}
@@ -303,7 +304,7 @@ static inline void world_publish(struct world *w)
 {
 	struct xv_guest_conf guests[3];
 	struct xv_mac_conf macs[6];
-	struct xv_vring *rings[3][4];
+	struct xv_vring *rings[3][5];
 	struct xv_nicq *queues[1] = {w->nic.nicq};
 	struct xv_xsk *xsks[1] = {w->nic.xsk};
 	struct xv_nic_conf nic = {(uintptr_t)queues, 0, 1, w->mtu ? w->mtu : 1500};
@@ -312,18 +313,19 @@ static inline void world_publish(struct world *w)
 
 	for (uint32_t i = 0; i < w->nr_guests; i++) {
 		struct driver *d = &w->guests[i];
+		const bool ctrl = d->features >> VIRTIO_NET_F_CTRL_VQ & 1; /* then there are two pairs, too */
 
-		for (int r = 0; r < 4; r++)
+		for (int r = 0; r < 5; r++)
 			rings[i][r] = d->ring[r].vr;
 		guests[i] = (struct xv_guest_conf){
 			.guest = (uintptr_t)d->guest,
 			.rings = (uintptr_t)rings[i],
-			.nr_rings = 2,
+			.nr_rings = ctrl ? 5 : 2,
 			.xsks = (uintptr_t)xsks,
 			.nr_xsks = i == 0, /* the NIC's frames are the first guest's */
 			.features = d->features,
-			.ctrl = XV_NO_RING,
-			.max_pairs = 1,
+			.ctrl = ctrl ? 4 : XV_NO_RING,
+			.max_pairs = ctrl ? 2 : 1,
 		};
 		for (int v = 0; v < 2; v++) {
 			memcpy(macs[2 * i + (uint32_t)v].mac, d->mac, 6);
@@ -334,17 +336,24 @@ static inline void world_publish(struct world *w)
 	CHECK_EQ(xv_publish(w->dp, &conf), 0);
 }
 
-static inline void world_init(struct world *w, uint32_t nr_guests, uint64_t features, uint32_t num, uint32_t nic_flags)
+/* Guests of different features; with VIRTIO_NET_F_CTRL_VQ the control virtqueue is the data plane's. */
+static inline void world_init_mixed(struct world *w, uint32_t nr_guests, const uint64_t *features, uint32_t num,
+				    uint32_t nic_flags, uint32_t workers)
 {
-	const struct xv_dp_conf conf = {.workers = 1, .poll = XV_POLL_BUSY};
+	const struct xv_dp_conf conf = {.workers = workers, .poll = XV_POLL_BUSY};
 
 	memset(w, 0, sizeof(*w));
 	CHECK_EQ(xv_dp_new(&conf, &w->dp), 0);
 	nic_init(&w->nic, nic_flags);
 	w->nr_guests = nr_guests;
 	for (uint32_t i = 0; i < nr_guests; i++)
-		driver_init(&w->guests[i], (uint8_t)(i + 1), features, num);
+		driver_init(&w->guests[i], (uint8_t)(i + 1), features[i], num);
 	world_publish(w);
+}
+
+static inline void world_init(struct world *w, uint32_t nr_guests, uint64_t features, uint32_t num, uint32_t nic_flags)
+{
+	world_init_mixed(w, nr_guests, (uint64_t[]){features, features, features}, num, nic_flags, 1);
 }
 
 static inline void world_free(struct world *w)

@@ -11,7 +11,7 @@ import pytest
 from support.plane import NoNic
 from xdpvhost import datapath
 from xdpvhost.config import GuestSpec
-from xdpvhost.datapath import DROP_MAX, DROP_NAMES, FAULT_MAX, MIRROR, Datapath, Region
+from xdpvhost.datapath import CTRL_NAMES, DROP_MAX, DROP_NAMES, FAULT_MAX, MIRROR, Datapath, Region
 from xdpvhost.errors import DatapathError
 from xdpvhost.switch import Switch
 from xdpvhost.xdp.nic import Nic
@@ -45,6 +45,8 @@ def test_names_are_complete() -> None:
     lib = datapath.library()
     assert tuple(lib.xv_drop_name(i).decode() for i in range(DROP_MAX)) == DROP_NAMES
     assert lib.xv_drop_name(DROP_MAX) is None
+    assert tuple(lib.xv_ctrl_name(i).decode() for i in range(len(CTRL_NAMES))) == CTRL_NAMES
+    assert lib.xv_ctrl_name(len(CTRL_NAMES)) is None
     assert lib.xv_fault_name(FAULT_MAX) is None
     assert all(lib.xv_fault_name(i) for i in range(FAULT_MAX))
     assert datapath.fault_name(999) == "unknown fault 999"
@@ -56,6 +58,7 @@ def test_constants_are_the_headers() -> None:
         "XV_ABI": datapath.ABI,
         "XV_MAX_REGIONS": datapath.MAX_REGIONS,
         "XV_MAX_PAIRS": datapath.MAX_PAIRS,
+        "XV_MAX_MACS": datapath.MAX_MACS,
         "XV_MAX_RING_SIZE": datapath.MAX_RING_SIZE,
         "XV_VLAN_ANY": datapath.VLAN_ANY,
         "XV_NICQ_PARTIAL_CSUM": datapath.NICQ_PARTIAL_CSUM,
@@ -129,7 +132,7 @@ def test_the_nic_is_given_back_also_when_a_guest_does_not_leave() -> None:
 
 
 def test_errors_carry_the_errno() -> None:
-    with Datapath(1) as dp, dp.guest("vm1", 1) as port:
+    with Datapath(1) as dp, dp.guest("vm1", 1, bytes(6)) as port:
         with pytest.raises(DatapathError, match="vm1") as caught:
             dp.memory(port, [Region(0, 4096, 0, 0), Region(0, 4096, 8192, 0)])
         assert caught.value.errno == errno.EINVAL
@@ -139,7 +142,7 @@ def test_errors_carry_the_errno() -> None:
 
 def test_use_after_close_is_an_error() -> None:
     with Datapath(1) as dp:
-        port = dp.guest("vm1", 1)
+        port = dp.guest("vm1", 1, bytes(6))
         port.close()
         port.close()
         with pytest.raises(DatapathError, match="after close"):

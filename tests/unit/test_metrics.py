@@ -18,7 +18,7 @@ from support.daemon import Metrics
 from support.fake_plane import FakeDatapath, FakeSwitch
 from support.golden import check_golden
 from xdpvhost.config import MetricsAddress
-from xdpvhost.datapath import DROP_NAMES, Datapath
+from xdpvhost.datapath import CTRL_NAMES, DROP_NAMES, Datapath
 from xdpvhost.errors import ConfigError
 from xdpvhost.metrics import endpoint as endpoint_module
 from xdpvhost.metrics import table
@@ -107,7 +107,7 @@ def test_every_series_moves_with_its_counter() -> None:
                 value += 1
                 setattr(block, field, value)
                 expected.add(value)
-    guest.port.ctrl.commands, guest.port.ctrl.refused = 31, 37
+    guest.port.ctrl.accepted[CTRL_NAMES.index("mq")], guest.port.ctrl.refused[0] = 31, 37
     guest.reconnects = 41
     guest.protocol_errors["memory"] = 43
     guest.messages["SET_MEM_TABLE", "ok"] = 61
