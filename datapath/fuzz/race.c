@@ -10,25 +10,7 @@
  *
  *     race [turns [seed]]
  */
-#include <pthread.h>
-
-#include "fuzz.h"
-
-#define NUM 16u
-#define PAGE 4096u
-#define TABLES 3072u /* in a page: behind the buffers of the three rings */
-#define FLIPS 8u /* at least, between two turns */
-
-static bool done;
-static uint64_t flips;
-
-static uint64_t next_random(uint64_t *state)
-{
-	*state ^= *state << 13;
-	*state ^= *state >> 7;
-	*state ^= *state << 17;
-	return *state;
-}
+#include "race.h"
 
 /*
  * What lies in slot i when nobody has just flipped it: one descriptor, a chain of two, or a table of two. Buffers and
@@ -88,27 +70,14 @@ static void lay_out(void)
 	}
 }
 
-/* Write what is wrong, and a moment later what is right. */
-#define FLIP(word, wrong, right)                                    \
-	do {                                                        \
-		store_once(&(word), (__typeof__(word))(wrong));     \
-		for (uint64_t spin_ = r >> 60; spin_; spin_--) \
-			cpu_relax();                                \
-		store_once(&(word), (__typeof__(word))(right));     \
-	} while (0)
-
 static void flip_desc(struct vring_desc *desc, struct vring_desc right, uint32_t field, uint64_t r)
 {
-	static const uint64_t addrs[] = {0,      0ull - 8, 0x102000 + 4099 - 8, 0x200000 + 70003 - 1, RING_GPA + 16 * NUM - 4,
-					 RING_GPA, 0x101ff0};
-	static const uint32_t lens[] = {0, 1, 12, 16, 26, 48, 256, 40000, 65536, 0x7fffffff, 0xffffffff};
-
 	switch (field % 4) {
 	case 0:
-		FLIP(desc->addr, addrs[r % ARRAY_SIZE(addrs)], right.addr);
+		FLIP(desc->addr, wrong_addrs[r % ARRAY_SIZE(wrong_addrs)], right.addr);
 		break;
 	case 1:
-		FLIP(desc->len, lens[r % ARRAY_SIZE(lens)], right.len);
+		FLIP(desc->len, wrong_lens[r % ARRAY_SIZE(wrong_lens)], right.len);
 		break;
 	case 2:
 		FLIP(desc->flags, right.flags ^ (1u + r % 7), right.flags);
@@ -174,8 +143,7 @@ static void *flipper(void *arg)
 int main(int argc, char **argv)
 {
 	uint64_t turns = argc > 1 ? strtoull(argv[1], NULL, 0) : 20000, seed = argc > 2 ? strtoull(argv[2], NULL, 0) : 23;
-	uint64_t faults[XV_FAULT_MAX] = {0}, state = seed * 2654435761u + 1, sent = 0, received = 0;
-	uint8_t frame[1514];
+	uint64_t faults[XV_FAULT_MAX] = {0}, state = seed * 2654435761u + 1;
 	pthread_t thread;
 
 	fuzz_init();
@@ -185,18 +153,8 @@ int main(int argc, char **argv)
 	lay_out();
 	CHECK_EQ(pthread_create(&thread, NULL, flipper, &state), 0);
 	for (uint64_t i = 0; i < turns; i++) {
-		const struct virtio_net_hdr hdr = {
-			.flags = i & 1, .csum_start = 34, .csum_offset = 16}; /* to be finished, every other one */
-
-		make_frame(frame, sizeof(frame), hostile_mac, f.peer[0].mac, (uint8_t)i);
-		peer_send(&f.peer[0], &hdr, frame, (uint32_t)(64 + i * 11 % 1400));
-		nic_receive(&f.nic, frame, (uint32_t)(64 + i * 7 % 1400));
-		/* also where both threads share a CPU something has changed since the last turn */
-		for (uint64_t before = load_once(&flips); load_once(&flips) - before < FLIPS;)
-			sched_yield();
-		turn();
-		if (i % 16 == 0)
-			ping();
+		race_frames(i);
+		race_turn(i);
 		if (f.hostile.guest->fault.code != XV_FAULT_NONE) {
 			struct hostile *h = &f.hostile;
 
@@ -208,15 +166,9 @@ int main(int argc, char **argv)
 		}
 		check_umem();
 	}
-	sent = f.hostile.guest->queues[0].tx.bytes;
-	received = f.hostile.guest->queues[0].rx.bytes;
+	race_report(turns, faults);
 	store_once(&done, true);
 	pthread_join(thread, NULL);
 	hostile_stop();
-	printf("%llu turns, %llu flips, %llu bytes from the guest, %llu to it; faults:", (unsigned long long)turns,
-	       (unsigned long long)flips, (unsigned long long)sent, (unsigned long long)received);
-	for (uint32_t i = 1; i < XV_FAULT_MAX; i++)
-		printf(" %llu", (unsigned long long)faults[i]);
-	puts("");
 	return 0;
 }

@@ -53,6 +53,7 @@ def test_new_inputs(run: Run, tmp_path: Path, target: str) -> None:
     run(target, f"-max_total_time={SECONDS}", "-max_len=512", "-timeout=20", new, FUZZ / "corpus" / target)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_race(run: Run, seed: int) -> None:
-    run("race", "10000", str(seed))
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("probe", ["race", "race_packed"])
+def test_race(run: Run, probe: str, seed: int) -> None:
+    run(probe, "10000", str(seed))
