@@ -111,7 +111,8 @@ class GuestEntry:
         pass
 
     def reset_state(self) -> None:
-        self.port.reset_ctrl()
+        if not self.port.fault.code:
+            self.port.reset()
 
     def announce(self, mac: bytes) -> None:
         self.port.announce(mac)

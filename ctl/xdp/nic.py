@@ -38,7 +38,6 @@ from ctypes import addressof, create_string_buffer
 from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
-from .. import privileges
 from ..datapath import NICQ_PARTIAL_CSUM, NICQ_SG, Datapath, Mcast, Nicq, NicqConf, Xsk
 from ..errors import NicError
 from ..links import ethtool
@@ -46,6 +45,7 @@ from ..links.journal import Entry, Journal
 from ..links.netlink import Link, device_mtu, get_link, link_name
 from ..links.nicprep import SOL_PACKET, AddressFilter, NicPrep
 from . import gsosock, libxdp
+from .capabilities import require
 from .maps import MAX_QUEUES, MAX_SLOTS
 from .program import PROGRAM, SteerProgram, refuse_occupied
 from .umem import RX_FRAMES, TX_FRAMES, Framing, framing_for, lift_memlock_limit, too_large
@@ -145,7 +145,7 @@ class Nic:
 
         Raises NicError or PrivilegeError, and then the NIC is as it was.
         """
-        privileges.require("up", privileges.UP)
+        require()
         libxdp.refuse_missing()
         lift_memlock_limit()
         nic = cls(options, get_link(options.iface), dp)

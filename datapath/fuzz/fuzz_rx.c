@@ -4,8 +4,10 @@
  *
  * The hostile guest lays out receive buffers; the NIC and both other guests send it frames of any length they may have,
  * some of which need their checksum finished, and the NIC's may come in pieces, whole or not. Senders wait for its buffers (with patience) or do not. Turns in between.
+ * Segments of a flow are joined; what was joined, cut again, must be what it was joined from.
  * In isolated inputs the used lengths must add up to what the counters say was delivered; see fuzz.h for the rest.
  */
+#include "../tests/frames.h"
 #include "fuzz.h"
 
 static void op_buffer(struct input *in)
@@ -28,12 +30,168 @@ static void receive_pieces(const uint8_t *frame, uint32_t len, uint32_t step, bo
 			break;
 }
 
+/* ---- segments of a flow, for gso_join() ---- */
+
+#define SEGMENTS 12u
+
+struct segment {
+	uint8_t *bytes; /* of exactly its length */
+	uint32_t len;
+	struct xv_seg rest;
+};
+
+/* Compare what was joined, cut again, with what it was joined from: all but checksums, and what joining may change. */
+static void check_cut_again(const struct xv_view *joined, const struct segment *segments, uint32_t n)
+{
+	static struct gso_room room;
+	static struct gso_header header;
+	struct xv_view view = *joined;
+	struct gso_cut cut;
+	uint32_t i = 0, nr;
+
+	CHECK(gso_check(&view, &header));
+	gso_cut_init(&cut, &view);
+	while ((nr = gso_cut_next(&cut, &room))) {
+		for (uint32_t k = 0; k < nr; k++, i++) {
+			const struct net_headers *h = &header.h;
+			uint8_t got[PEER_STRIDE], want[PEER_STRIDE];
+
+			CHECK(i < n);
+			CHECK_EQ(room.list[k]->len, segments[i].len);
+			view_peek(room.list[k], got, sizeof(got));
+			memcpy(want, segments[i].bytes, segments[i].len);
+			for (uint8_t *p = got;; p = want) {
+				if (!h->ipv6) {
+					memset(p + h->ip + 4, 0, 2);
+					memset(p + h->ip + 10, 0, 2);
+				}
+				memset(p + h->transport + net_csum_field(h->protocol), 0, 2);
+				if (h->protocol == IPPROTO_TCP)
+					p[h->transport + 13] = 0;
+				if (p == want)
+					break;
+			}
+			CHECK(!memcmp(got, want, segments[i].len));
+		}
+	}
+	CHECK_EQ(i, n);
+}
+
+/* Whether a receiver would take the segment's checksum. */
+static bool sum_right(const struct segment *s)
+{
+	struct net_headers h;
+
+	return net_parse(s->bytes, s->len, &h) && h.end == s->len &&
+	       csum_fold(net_pseudo_sum(&h, s->len - h.transport) +
+			 (uint64_t)plain_sum(s->bytes + h.transport, s->len - h.transport)) == 0xffff;
+}
+
+static void join(struct segment *segments, uint32_t n, uint32_t gso, bool partial)
+{
+	static struct gso_room room;
+	struct xv_view views[SEGMENTS];
+	uint32_t frames[SEGMENTS], out;
+
+	for (uint32_t i = 0; i < n; i++) {
+		views[i] = (struct xv_view){.first = {segments[i].bytes, segments[i].len - segments[i].rest.len},
+					    .more = &segments[i].rest,
+					    .nr_more = !!segments[i].rest.len,
+					    .len = segments[i].len};
+		if (partial)
+			net_find_partial(&views[i]);
+	}
+	out = gso_join(views, n, 0, gso, &room, frames);
+	for (uint32_t i = 0; i < out; i++) {
+		const uint32_t begin = i ? frames[i - 1] : 0, count = frames[i] - begin;
+		const struct xv_view *view = room.list[i];
+
+		CHECK(count);
+		if (count == 1) {
+			CHECK(view == &views[begin]);
+			continue;
+		}
+		CHECK(gso & GSO_BIT(view->gso_type));
+		check_cut_again(view, &segments[begin], count);
+		for (uint32_t k = 0, at = 0; k < count; k++) { /* each part's sum says what a receiver would */
+			uint64_t sum = view->parts[k].sum;
+			uint32_t left = view->parts[k].len;
+			struct csum csum = {sum, false};
+
+			for (; left; left -= view->more[at++].len)
+				csum_add(&csum, csum_of(view->more[at].data, view->more[at].len), view->more[at].len);
+			if (view->flags & VIEW_VERIFY)
+				CHECK_EQ(csum_fold(csum.sum) == 0xffff, sum_right(&segments[begin + k]));
+		}
+	}
+	CHECK(n == 0 || frames[out - 1] == n);
+}
+
+/* A few segments of one flow, right at first, then changed here and there; joined here, and received from the NIC. */
+static void op_segments(struct input *in)
+{
+	static struct built built;
+	struct segment segments[SEGMENTS];
+	uint8_t kind = in8(in), changes = in8(in) % 4;
+	uint32_t n = 1 + in8(in) % SEGMENTS, mss = 1 + in16(in) % 1500, last = in16(in), cut = in16(in), done = 0;
+
+	for (uint32_t i = 0; i < n; i++) {
+		const struct spec s = {kind & 1 ? 6 : 4, kind & 2 ? IPPROTO_UDP : IPPROTO_TCP, kind >> 2 & 1, 0,
+				       i + 1 < n ? mss : 1 + last % mss};
+		struct segment *seg = &segments[i];
+		uint8_t *ip, *transport;
+		uint16_t sum;
+
+		build(&built, &s, hostile_mac, f.peer[0].mac);
+		ip = built.bytes + 14 + 4 * s.tags;
+		transport = built.bytes + built.transport;
+		if (s.protocol == IPPROTO_TCP)
+			put_be32(transport + 4, 0xfffffc00u + done);
+		if (s.family == 4) {
+			put_be16(ip + 4, kind & 8 ? 7 : 0xfffe + i);
+			ip[6] = kind & 16 ? 0x40 : 0;
+			put_be16(ip + 10, 0);
+			sum = (uint16_t)~plain_sum(ip, 20);
+			memcpy(ip + 10, &sum, 2);
+		}
+		if (kind & 32) {
+			sum = net_csum_finish(plain_sum(transport, built.len - built.transport));
+			memcpy(transport + built.field, &sum, 2);
+		}
+		done += s.payload;
+		seg->len = built.len;
+		seg->bytes = malloc(seg->len);
+		CHECK(seg->bytes);
+		memcpy(seg->bytes, built.bytes, seg->len);
+	}
+	for (; changes; changes--) {
+		struct segment *seg = &segments[in8(in) % n];
+		uint32_t at = in16(in);
+
+		seg->bytes[(at & 0x8000 ? at : at % 80) % seg->len] ^= in8(in);
+	}
+	for (uint32_t i = 0; i < n; i++) {
+		uint32_t rest = kind & 64 ? cut % segments[i].len : 0;
+
+		segments[i].rest = (struct xv_seg){segments[i].bytes + segments[i].len - rest, rest};
+	}
+	join(segments, n, kind & 128 ? ~0u : GSO_BIT(VIRTIO_NET_HDR_GSO_TCPV4), !(kind & 32));
+	for (uint32_t i = 0; i < n; i++) {
+		receive_pieces(segments[i].bytes, segments[i].len, kind & 64 ? 1 + cut % PIECE : PIECE, true);
+		free(segments[i].bytes);
+	}
+}
+
 static void op_frame(struct input *in)
 {
 	uint8_t frame[PEER_STRIDE], how = in8(in), n = in8(in) % 40;
 	uint32_t len = 14 + in16(in) % (PEER_STRIDE - HEADER - 14 + 1);
 	struct virtio_net_hdr hdr = {0};
 
+	if (how & 0x80) {
+		op_segments(in);
+		return;
+	}
 	if (how & 4 && len > 60) {
 		hdr.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM;
 		hdr.csum_start = 14 + in8(in) % 40u;
@@ -78,9 +236,30 @@ static void act(struct input *in)
 	case 7:
 		op_frame(in);
 		break;
+	case 8:
+		f.dp->cycles_per_us = op & 0x80 ? HUGE_PATIENCE : 0;
+		turn();
+		break;
+	case 9:
+		ping();
+		break;
+	case 10:
+		xv_vring_set_enabled(r->vr, op & 0x80);
+		break;
 	default:
-		op_common(op, r);
+		if (op & 0x80)
+			hostile_restart();
+		else
+			settle();
 	}
+}
+
+int LLVMFuzzerInitialize(int *argc, char ***argv)
+{
+	(void)argc;
+	(void)argv;
+	fuzz_init();
+	return 0;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

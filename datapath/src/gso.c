@@ -38,6 +38,7 @@ bool gso_check(struct xv_view *view, struct gso_header *header)
 	header->len = h->transport + bytes;
 	view->hdr_len = (uint16_t)header->len;
 	view->gso = header;
+	view->parts = NULL;
 	return true;
 }
 
@@ -136,88 +137,144 @@ uint32_t gso_cut_next(struct gso_cut *cut, struct gso_room *room)
 
 /* ---- joining ---- */
 
+#define UDP_MOST 64u /* datagrams in one, as in Linux (UDP_GRO_CNT_MAX) */
+
 struct joined { /* the frame that others are being added to */
 	struct net_headers h;
 	uint32_t header_len, mss, payload, count;
 	bool closed, same_id; /* same_id: the IPv4 identification stands still, as it may with DF (RFC 6864) */
+	bool verify;          /* the frames' checksums are finished, and still to be verified */
 };
+
+/* As GRO looks at it: a frame with a wrong one is passed on as it is, for whom it concerns to drop. */
+static bool ip_header_sum_right(const uint8_t *frame, const struct net_headers *h)
+{
+	return h->ipv6 || csum_fold(csum_of(frame + h->ip, 20)) == 0xffff;
+}
+
+/* Only acknowledgement, push and end: everything else is a segment of its own. */
+static bool plain_flags(uint8_t flags)
+{
+	return flags & TCP_ACK && !(flags & ~(TCP_ACK | TCP_PSH | TCP_FIN));
+}
+
+/* Whether a segment, whose checksum is open or finished as j has it, may be joined for what it is itself. */
+static bool joinable(const struct xv_view *view, const struct joined *j)
+{
+	const uint8_t *transport = view->first.data + j->h.transport;
+
+	if (j->verify == !!(view->flags & VIEW_NEEDS_CSUM) || !ip_header_sum_right(view->first.data, &j->h))
+		return false;
+	if (j->h.protocol == IPPROTO_TCP)
+		return plain_flags(transport[13]);
+	return be16(transport + 4) + j->h.transport == view->len && (transport[6] || transport[7]);
+}
+
+/* Whether nothing may be added behind this segment. */
+static bool closes(const struct xv_view *view, const struct joined *j)
+{
+	if (view->len - j->header_len < j->mss)
+		return true;
+	return j->h.protocol == IPPROTO_TCP ? view->first.data[j->h.transport + 13] != TCP_ACK : j->count == UDP_MOST;
+}
 
 /* Whether a segment may begin a joined frame; fills in `j`. */
 static bool may_begin(const struct xv_view *view, uint32_t gso, struct joined *j)
 {
 	const uint8_t *frame = view->first.data;
 	uint32_t bytes;
+	uint8_t type;
 
-	/* only what the sender's stack vouches for: a checksum from a wire would have to be verified first */
-	if (!(view->flags & VIEW_NEEDS_CSUM) || view->csum_offset != 16 || !net_parse(frame, view->len, &j->h))
+	if (!net_parse(frame, view->first.len, &j->h) || j->h.end != view->len)
 		return false;
-	if (j->h.protocol != IPPROTO_TCP || j->h.end != view->len ||
-	    !(gso & GSO_BIT(j->h.ipv6 ? VIRTIO_NET_HDR_GSO_TCPV6 : VIRTIO_NET_HDR_GSO_TCPV4)))
+	if (j->h.protocol == IPPROTO_TCP)
+		type = j->h.ipv6 ? VIRTIO_NET_HDR_GSO_TCPV6 : VIRTIO_NET_HDR_GSO_TCPV4;
+	else if (j->h.protocol == IPPROTO_UDP)
+		type = VIRTIO_NET_HDR_GSO_UDP_L4;
+	else
 		return false;
-	if (j->h.transport != j->h.ip + (j->h.ipv6 ? 40u : 20u)) /* options and extension headers are let alone */
+	if (!(gso & GSO_BIT(type)) || j->h.transport != j->h.ip + (j->h.ipv6 ? 40u : 20u)) /* no options, no extensions */
 		return false;
-	bytes = transport_len(frame, view->len, &j->h);
+	bytes = transport_len(frame, view->first.len, &j->h);
 	j->header_len = j->h.transport + bytes;
-	if (!bytes || j->header_len > GSO_HEADER_MAX || j->header_len >= view->len)
+	if (!bytes || j->header_len > GSO_HEADER_MAX || j->header_len + GSO_SIZE_LEAST > view->len)
 		return false;
 	j->mss = j->payload = view->len - j->header_len;
 	j->count = 1;
 	j->same_id = false;
-	j->closed = frame[j->h.transport + 13] != TCP_ACK || j->mss < GSO_SIZE_LEAST;
-	return !(frame[j->h.transport + 13] & ~(TCP_ACK | TCP_PSH | TCP_FIN)) && frame[j->h.transport + 13] & TCP_ACK;
+	j->verify = !(view->flags & VIEW_NEEDS_CSUM);
+	j->closed = closes(view, j);
+	return joinable(view, j);
 }
 
-/* Whether `view` is the next segment after those in `j`, whose first is `head`. Both are of one piece. */
+/* Whether the IP header is the one to follow those in `j`: the same but for length, identification and checksum. */
+static bool ip_continues(struct joined *j, const uint8_t *ip, const uint8_t *head, uint32_t bytes)
+{
+	uint16_t id = be16(head + 4);
+
+	if (j->h.ipv6)
+		return !memcmp(ip, head, 4) && !memcmp(ip + 6, head + 6, 34) && be16(ip + 4) + 40u == bytes;
+	/* version, length, TOS; DF; TTL, protocol; addresses */
+	if (memcmp(ip, head, 2) || memcmp(ip + 6, head + 6, 4) || memcmp(ip + 12, head + 12, 8) || be16(ip + 2) != bytes)
+		return false;
+	if (j->count == 1)
+		j->same_id = ip[6] & 0x40 && be16(ip + 4) == id;
+	return be16(ip + 4) == (uint16_t)(j->same_id ? id : id + j->count);
+}
+
+/* Whether `view` is the next segment after those in `j`, whose first is `head`. */
 static bool continues(struct joined *j, const uint8_t *head, const struct xv_view *view)
 {
-	const uint8_t *frame = view->first.data, *ip = frame + j->h.ip, *tcp = frame + j->h.transport;
-	const uint8_t *head_ip = head + j->h.ip, *head_tcp = head + j->h.transport;
+	const uint8_t *frame = view->first.data, *transport = frame + j->h.transport, *head_transport = head + j->h.transport;
 	uint32_t payload;
 
-	if (view->len <= j->header_len || !(view->flags & VIEW_NEEDS_CSUM) || view->csum_start != j->h.transport)
+	if (view->first.len < j->header_len || view->len <= j->header_len)
 		return false;
 	payload = view->len - j->header_len;
 	if (payload > j->mss || j->header_len + j->payload + payload - j->h.ip > 65535u)
 		return false;
 	if (memcmp(frame, head, j->h.ip)) /* addresses, tags, type */
 		return false;
-	if (j->h.ipv6) {
-		if (memcmp(ip, head_ip, 4) || memcmp(ip + 6, head_ip + 6, 34) ||
-		    be16(ip + 4) + 40u + j->h.ip != view->len)
-			return false;
-	} else {
-		uint16_t id = be16(head_ip + 4);
-
-		/* version, length, TOS; DF; TTL, protocol; addresses */
-		if (memcmp(ip, head_ip, 2) || memcmp(ip + 6, head_ip + 6, 4) || memcmp(ip + 12, head_ip + 12, 8) ||
-		    be16(ip + 2) + j->h.ip != view->len)
-			return false;
-		if (j->count == 1)
-			j->same_id = ip[6] & 0x40 && be16(ip + 4) == id;
-		if (be16(ip + 4) != (uint16_t)(j->same_id ? id : id + j->count))
-			return false;
-	}
-	/* ports; number; acknowledgement; length and window; urgent pointer and options; no flag but ACK, PSH, FIN */
-	return !memcmp(tcp, head_tcp, 4) && be32(tcp + 4) == be32(head_tcp + 4) + j->payload &&
-	       !memcmp(tcp + 8, head_tcp + 8, 5) && !memcmp(tcp + 14, head_tcp + 14, 2) &&
-	       !memcmp(tcp + 18, head_tcp + 18, j->header_len - j->h.transport - 18) &&
-	       tcp[13] & TCP_ACK && !(tcp[13] & ~(TCP_ACK | TCP_PSH | TCP_FIN));
+	if (!ip_continues(j, frame + j->h.ip, head + j->h.ip, view->len - j->h.ip) || !joinable(view, j))
+		return false;
+	if (memcmp(transport, head_transport, 4)) /* ports */
+		return false;
+	if (j->h.protocol == IPPROTO_UDP)
+		return true;
+	/* number; acknowledgement; length, and not the flags; window; urgent pointer and options */
+	return be32(transport + 4) == be32(head_transport + 4) + j->payload &&
+	       !memcmp(transport + 8, head_transport + 8, 5) && !memcmp(transport + 14, head_transport + 14, 2) &&
+	       !memcmp(transport + 18, head_transport + 18, j->header_len - j->h.transport - 18);
 }
 
-/* Turn `count` views, of which the first has j's headers, into one. */
-static void finish_join(const struct joined *j, const struct xv_view *views, struct xv_view *out, uint8_t *header,
-			struct xv_seg *segs)
+/* What its pseudo-header and transport header add to the sum of a segment. */
+static uint16_t header_sum(const struct joined *j, const struct xv_view *view)
 {
-	uint8_t *ip = header + j->h.ip, *tcp = header + j->h.transport;
-	uint32_t transport_bytes = j->header_len - j->h.transport + j->payload;
+	return csum_fold(net_pseudo_sum(&j->h, view->len - j->h.transport) +
+			 csum_of(view->first.data + j->h.transport, j->header_len - j->h.transport));
+}
+
+/* Turn `count` views, of which the first has j's headers, into one; the segments used. */
+static uint32_t finish_join(const struct joined *j, const struct xv_view *views, struct xv_view *out, uint8_t *header,
+			    struct xv_seg *segs, struct gso_part *parts)
+{
+	uint8_t *ip = header + j->h.ip, *transport = header + j->h.transport;
+	const uint32_t transport_bytes = j->header_len - j->h.transport + j->payload, field = net_csum_field(j->h.protocol);
+	const bool tcp = j->h.protocol == IPPROTO_TCP;
+	uint32_t nr = 0;
 	uint16_t sum;
 
 	memcpy(header, views[0].first.data, j->header_len);
 	for (uint32_t i = 0; i < j->count; i++) {
 		const struct xv_seg *seg = &views[i].first;
 
-		segs[i] = (struct xv_seg){seg->data + j->header_len, seg->len - j->header_len};
-		tcp[13] |= seg->data[j->h.transport + 13];
+		if (seg->len > j->header_len)
+			segs[nr++] = (struct xv_seg){seg->data + j->header_len, seg->len - j->header_len};
+		for (uint32_t m = 0; m < views[i].nr_more; m++)
+			segs[nr++] = views[i].more[m];
+		parts[i] = (struct gso_part){&views[i], views[i].len - j->header_len, j->verify ? header_sum(j, &views[i]) : 0};
+		if (tcp)
+			transport[13] |= seg->data[j->h.transport + 13];
 	}
 	if (j->h.ipv6) {
 		put_be16(ip + 4, transport_bytes);
@@ -227,23 +284,29 @@ static void finish_join(const struct joined *j, const struct xv_view *views, str
 		sum = (uint16_t)~csum_fold(csum_of(ip, 20));
 		memcpy(ip + 10, &sum, sizeof(sum));
 	}
+	if (!tcp)
+		put_be16(transport + 4, transport_bytes);
 	sum = net_pseudo_sum(&j->h, transport_bytes);
-	memcpy(tcp + 16, &sum, sizeof(sum));
+	memcpy(transport + field, &sum, sizeof(sum));
 	*out = (struct xv_view){
 		.first = {header, j->header_len},
 		.more = segs,
-		.nr_more = (uint16_t)j->count,
+		.nr_more = (uint16_t)nr,
 		.len = j->header_len + j->payload,
 		.csum_start = (uint16_t)j->h.transport,
-		.csum_offset = 16,
+		.csum_offset = (uint16_t)field,
 		.gso_size = (uint16_t)j->mss,
 		.hdr_len = (uint16_t)j->header_len,
-		.flags = VIEW_NEEDS_CSUM,
-		.gso_type = j->h.ipv6 ? VIRTIO_NET_HDR_GSO_TCPV6 : VIRTIO_NET_HDR_GSO_TCPV4,
+		.flags = VIEW_NEEDS_CSUM | (j->verify ? VIEW_VERIFY : 0),
+		.gso_type = !tcp ? VIRTIO_NET_HDR_GSO_UDP_L4 :
+			    j->h.ipv6 ? VIRTIO_NET_HDR_GSO_TCPV6 : VIRTIO_NET_HDR_GSO_TCPV4,
+		.parts = parts,
 	};
+	return nr;
 }
 
-uint32_t gso_join(const struct xv_view *views, uint32_t n, uint32_t gso, struct gso_room *room, uint32_t *frames)
+uint32_t gso_join(const struct xv_view *views, uint32_t n, uint32_t plain, uint32_t gso, struct gso_room *room,
+		  uint32_t *frames)
 {
 	uint32_t out = 0, i = 0, segs = 0;
 
@@ -251,21 +314,19 @@ uint32_t gso_join(const struct xv_view *views, uint32_t n, uint32_t gso, struct 
 		struct joined j;
 		const uint32_t begin = i++;
 
-		if (may_begin(&views[begin], gso, &j)) {
+		if (begin >= plain && may_begin(&views[begin], gso, &j)) {
 			const uint8_t *head = views[begin].first.data;
 
 			while (!j.closed && i < n && continues(&j, head, &views[i])) {
-				uint32_t payload = views[i].len - j.header_len;
-
-				j.payload += payload;
+				j.payload += views[i].len - j.header_len;
 				j.count++;
-				j.closed = payload < j.mss || views[i].first.data[j.h.transport + 13] != TCP_ACK;
+				j.closed = closes(&views[i], &j);
 				i++;
 			}
 		}
 		if (i - begin > 1) {
-			finish_join(&j, &views[begin], &room->views[out], room->headers[out], &room->segs[segs]);
-			segs += j.count;
+			segs += finish_join(&j, &views[begin], &room->views[out], room->headers[out], &room->segs[segs],
+					    &room->parts[begin]);
 			room->list[out] = &room->views[out];
 		} else {
 			room->list[out] = &views[begin];

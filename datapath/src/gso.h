@@ -11,8 +11,16 @@
 
 #define GSO_HEADER_MAX 192u /* Ethernet, two tags, IPv6 with some extensions, TCP with all options */
 
+/* One of the frames that a joined one is made of; its payload is in segments of its own. */
+struct gso_part {
+	const struct xv_view *view; /* the frame itself */
+	uint32_t len; /* bytes of payload */
+	uint16_t sum; /* with VIEW_VERIFY, of pseudo-header and transport header: 0xffff with the payload's, if it is whole */
+};
+
 /* Room for the views of one call. */
 struct gso_room {
+	struct gso_part parts[XV_BURST];
 	struct xv_view views[XV_BURST];
 	const struct xv_view *list[XV_BURST];
 	struct xv_seg segs[XV_BURST_SEGS + 2 * XV_BURST];
@@ -48,10 +56,14 @@ static inline uint32_t gso_cut_left(const struct gso_cut *cut)
 }
 
 /*
- * Join consecutive TCP segments of one flow among views[0..n), which must each be of one piece and stay unchanged, as
- * Linux's GRO would; `gso`: the GSO_BITs that the receiver takes. Answers how many views are in room->list then;
- * frames[i] is how many of the given ones the first i + 1 of them stand for.
+ * Join consecutive segments of one TCP flow, or datagrams of one UDP flow, among views[plain..n), which must stay
+ * unchanged, as Linux's GRO would; `gso`: the GSO_BITs that the receiver takes. Answers how many views are in
+ * room->list then; frames[i] is how many of the given ones the first i + 1 of them stand for.
+ *
+ * Where the sender's stack has left the checksum open it vouches for the data. A finished checksum is compared while
+ * the joined frame is copied (VIEW_VERIFY), and if one is wrong the same frames are offered again, with `plain`.
  */
-uint32_t gso_join(const struct xv_view *views, uint32_t n, uint32_t gso, struct gso_room *room, uint32_t *frames);
+uint32_t gso_join(const struct xv_view *views, uint32_t n, uint32_t plain, uint32_t gso, struct gso_room *room,
+		  uint32_t *frames);
 
 #endif

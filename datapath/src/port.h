@@ -19,6 +19,7 @@
 struct call_ctx { /* what a worker lends to whoever delivers to guests */
 	const struct xv_vring *calling; /* being written to right now; the watchdog looks at it */
 	struct gso_room room;           /* for frames cut on the way, or joined before it */
+	bool unjoin; /* the first view not taken is a joined one, and is to come again as the frames it is made of */
 };
 
 /* The chains of a burst: first `skipped` ones whose frames were dropped, then one for each view. */
@@ -38,7 +39,7 @@ void guest_rx_release(struct xv_vring *vr, const struct xv_burst *burst, const s
 		      struct call_ctx *ctx);
 /*
  * Copy frames into the guest's receive buffers, in order, until its buffers run out; answers how many views are done
- * with (delivered, or dropped because the guest can never take them).
+ * with (delivered, or dropped because the guest can never take them). Sets ctx->unjoin where it stops for that.
  */
 uint32_t guest_tx_burst(struct xv_vring *vr, const struct xv_view *const *views, uint32_t n, struct call_ctx *ctx);
 
@@ -94,7 +95,9 @@ struct xv_xsk {
 	uint32_t mask, size;
 	uint32_t cons;  /* first entry not yet released */
 	uint32_t keep;  /* pieces it may hold back while its guest has no buffers; set by xv_publish() */
+	uint32_t plain; /* frames at the cursor that must not be joined */
 	struct xv_vring *stalled_on;
+	uint64_t stalled_at;
 	struct source rx;
 	struct xv_xsk_counters counters;
 };

@@ -112,7 +112,10 @@ void switch_drop(const struct snapshot *snap, uint32_t index, uint32_t hint, enu
 	drop_to_pair(&snap->ports[index], hint, why, n);
 }
 
-/* All of it into one ring; answers how many views are done with, fewer than n when its buffers ran out. */
+/*
+ * All of it into one ring; answers how many views are done with, fewer than n when its buffers ran out, or a joined frame
+ * must come again as what it is made of (ctx->unjoin).
+ */
 static uint32_t to_ring(struct xv_vring *vr, const struct xv_view *const *views, uint32_t n, struct call_ctx *ctx)
 {
 	uint32_t done = 0;
@@ -145,19 +148,41 @@ static uint32_t to_pair(const struct port *port, uint32_t hint, const struct xv_
 		return n;
 	}
 	done = to_ring(vr, views, n, ctx);
-	if (done < n)
+	if (done < n && !ctx->unjoin)
 		*stalled = vr;
 	return done;
 }
 
 /* ---- guests that asked for more than all their frames in one queue ---- */
 
+static void hash_views(const struct rss *rss, const struct xv_view *const *views, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++) {
+		struct xv_view *view = (struct xv_view *)(uintptr_t)views[i]; /* see view.h */
+
+		view->hash = rss_hash(rss, view, &view->hash_report);
+	}
+}
+
+/* The frames that a joined one is made of. Those that find no buffer are dropped. */
+static void one_by_one(struct xv_vring *vr, const struct rss *rss, const struct xv_view *joined, struct call_ctx *ctx)
+{
+	const struct xv_view *views[XV_BURST];
+	uint32_t n = 0;
+
+	for (uint32_t bytes = joined->hdr_len; bytes < joined->len; bytes += joined->parts[n++].len)
+		views[n] = joined->parts[n].view;
+	hash_views(rss, views, n);
+	ctx->unjoin = false;
+	switch_drop_stalled(vr, n - to_ring(vr, views, n, ctx));
+}
+
 /* Each frame into the queue that the guest's table names. Where that is several, what one can't take now is dropped. */
 static uint32_t by_table(const struct port *port, const struct rss *rss, const struct xv_view *const *all, uint32_t n,
 			 struct call_ctx *ctx, struct xv_vring **stalled)
 {
 	const struct xv_view *left[XV_BURST], *mine[XV_BURST];
-	uint32_t nr_left = n, done = n;
+	uint32_t nr_left = n;
 
 	memcpy(left, all, n * sizeof(left[0]));
 	while (nr_left) {
@@ -177,25 +202,18 @@ static uint32_t by_table(const struct port *port, const struct rss *rss, const s
 			continue;
 		}
 		taken = to_ring(vr, mine, nr, ctx);
-		if (taken == nr)
-			continue;
-		if (nr < n) {
-			switch_drop_stalled(vr, nr - taken);
-		} else {
-			*stalled = vr;
-			done = taken;
+		if (nr == n) {
+			if (taken < nr && !ctx->unjoin)
+				*stalled = vr;
+			return taken;
 		}
+		while (unlikely(taken < nr && ctx->unjoin)) {
+			one_by_one(vr, rss, mine[taken++], ctx);
+			taken += to_ring(vr, mine + taken, nr - taken, ctx);
+		}
+		switch_drop_stalled(vr, nr - taken);
 	}
-	return done;
-}
-
-static void hash_views(const struct rss *rss, const struct xv_view *const *views, uint32_t n)
-{
-	for (uint32_t i = 0; i < n; i++) {
-		struct xv_view *view = (struct xv_view *)(uintptr_t)views[i]; /* see view.h */
-
-		view->hash = rss_hash(rss, view, &view->hash_report);
-	}
+	return n;
 }
 
 static bool wants(const struct filter *filter, const struct xv_view *view, uint32_t parts)
@@ -240,6 +258,7 @@ uint32_t switch_to_guest(const struct snapshot *snap, uint32_t index, uint32_t h
 {
 	const struct port *port = &snap->ports[index];
 
+	ctx->unjoin = false;
 	if (likely(!port->rules))
 		return to_pair(port, hint, views, n, ctx, stalled);
 	return by_rules(port, hint, views, n, ctx, stalled);

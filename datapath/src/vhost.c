@@ -246,10 +246,36 @@ static uint32_t put_frame(struct writer *w, const struct xv_view *view, bool fin
 	return copied;
 }
 
+/* Copy a joined frame, and sum the payload of each frame in it on the way: false when one is not what its sum says. */
+static bool put_joined(struct writer *w, const struct xv_view *view, uint64_t *copied)
+{
+	const struct gso_part *part = view->parts;
+	uint32_t left = part->len;
+	struct csum csum = {part->sum, false};
+
+	*copied += put(w, view->first.data, view->first.len, NULL);
+	for (uint32_t i = 0; i < view->nr_more; i++) {
+		const struct xv_seg *seg = &view->more[i];
+
+		*copied += put(w, seg->data, seg->len, &csum);
+		left -= seg->len;
+		if (left)
+			continue;
+		if (csum_fold(csum.sum) != 0xffff)
+			return false;
+		if (i + 1 < view->nr_more) {
+			part++;
+			left = part->len;
+			csum = (struct csum){part->sum, false};
+		}
+	}
+	return true;
+}
+
 #define MERGE_MAX 256u  /* buffers and segments for one frame towards a guest */
 #define BUDGET_MAX 512u /* descriptors looked at for it; a guest that makes us look at more is faulted */
 
-enum delivery { DELIVERED, DROPPED, NO_BUFFERS };
+enum delivery { DELIVERED, DROPPED, NO_BUFFERS, UNJOIN };
 
 /*
  * Whether the copy has to finish the checksum. A frame that stands for many is here only if the guest takes such, or has
@@ -306,7 +332,13 @@ static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *vie
 		memset(&hdr.mrg.hdr, 0, sizeof(hdr.mrg.hdr));
 	hdr.mrg.num_buffers = (uint16_t)buffers;
 	put(&w, (const uint8_t *)&hdr, vr->header_len, NULL);
-	*copied += put_frame(&w, view, finish);
+	if (view->flags & VIEW_VERIFY) {
+		/* what has been written lies in buffers that stay the device's, and is written over */
+		if (!put_joined(&w, view, copied))
+			return UNJOIN;
+	} else {
+		*copied += put_frame(&w, view, finish);
+	}
 	wrote(vr, &w);
 	vring_use(vr, vr->packed, bufs, room, buffers);
 	if (finish)
@@ -314,6 +346,8 @@ static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *vie
 	return DELIVERED;
 
 too_big:
+	if (view->gso_type && view->parts) /* each of its frames may fit */
+		return UNJOIN;
 	count(vr->queue->rx.drops[XV_DROP_TOO_BIG], 1);
 	return DROPPED;
 }
@@ -335,7 +369,7 @@ static inline always_inline uint32_t find_places(struct xv_vring *vr, const stru
 
 		if (unlikely(descs[i].flags != VRING_DESC_F_WRITE || descs[i].len < need))
 			return i;
-		if (unlikely(must_finish(vr, views[i])))
+		if (unlikely(views[i]->flags & VIEW_VERIFY || must_finish(vr, views[i])))
 			return i;
 		to[i] = mem_at(vr->mem, descs[i].addr, need, &got);
 		if (unlikely(got < need))
@@ -391,7 +425,8 @@ static inline always_inline uint32_t tx_burst(struct xv_vring *vr, const struct 
 		if (plain < there) {
 			enum delivery result = deliver_slow(vr, views[done], &copied);
 
-			if (result == NO_BUFFERS)
+			ctx->unjoin = result == UNJOIN;
+			if (result == NO_BUFFERS || result == UNJOIN)
 				break;
 			if (result == DELIVERED) {
 				packets++;

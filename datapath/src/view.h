@@ -19,8 +19,10 @@ struct xv_seg {
 };
 
 struct gso_header; /* gso.h */
+struct gso_part;
 
 #define VIEW_NEEDS_CSUM 1u /* the checksum at csum_start + csum_offset holds only the pseudo-header's sum */
+#define VIEW_VERIFY 2u     /* joined from frames whose checksums are to be verified while they are copied */
 
 struct xv_view {
 	struct xv_seg first;
@@ -38,6 +40,7 @@ struct xv_view {
 	uint32_t hash;
 	uint16_t hash_report; /* VIRTIO_NET_HASH_REPORT_* */
 	const struct gso_header *gso; /* with a gso_type, of a guest's frame: its headers, checked */
+	const struct gso_part *parts; /* with a gso_type, of what it was joined; NULL for a guest's frame */
 };
 
 struct xv_burst {

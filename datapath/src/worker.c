@@ -33,12 +33,39 @@
 
 /* ---- one source, one burst; true when there was work ---- */
 
+/*
+ * How long a joined frame waits for as many buffers as it needs. A guest that is short of memory may never have them, and
+ * the frames it is made of fit one by one.
+ */
+#define JOINED_WAIT_US 1000u
+
+/* Deliver a burst from the NIC, joined where the guest takes that; answers how many frames are done with. */
+static uint32_t deliver_joined(struct worker *w, const struct snapshot *snap, const struct xsk_source *source, uint32_t join,
+			       struct xv_vring **stalled, uint32_t *unjoin)
+{
+	struct xv_xsk *xsk = source->xsk;
+	uint32_t frames[XV_BURST], n, taken, done;
+
+	n = gso_join(w->burst.views, w->burst.nr, xsk->plain, join, &w->calls.room, frames);
+	taken = switch_to_guest(snap, source->port, source->hint, w->calls.room.list, n, &w->calls, stalled);
+	done = taken ? frames[taken - 1] : 0;
+	if (unlikely(*stalled)) {
+		if (done || !xsk->stalled_on)
+			xsk->stalled_at = cycles_now();
+		else if (cycles_now() - xsk->stalled_at > JOINED_WAIT_US * w->dp->cycles_per_us)
+			w->calls.unjoin = true;
+	}
+	if (unlikely(w->calls.unjoin && taken < n && frames[taken] - done > 1))
+		*unjoin = frames[taken] - done;
+	return done;
+}
+
 static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct xsk_source *source)
 {
 	struct xv_xsk *xsk = source->xsk;
 	const struct xv_view *views[XV_BURST];
 	struct xv_vring *stalled = NULL;
-	uint32_t done, dropped = 0;
+	uint32_t done, dropped = 0, unjoin = 0;
 
 	if (!xsk_backlog(xsk))
 		return false;
@@ -46,24 +73,22 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 		stalled = xsk->stalled_on;
 		done = 0;
 	} else {
-		uint32_t join = switch_joins(&snap->ports[source->port]), frames[XV_BURST], n;
+		uint32_t join = switch_joins(&snap->ports[source->port]);
 
 		dropped = xsk_rx_burst(xsk, &w->burst);
 		if (unlikely(dropped))
 			switch_drop(snap, source->port, source->hint, XV_DROP_TOO_BIG, dropped);
-		n = w->burst.nr;
 		if (join) {
-			n = gso_join(w->burst.views, n, join, &w->calls.room, frames);
-			done = switch_to_guest(snap, source->port, source->hint, w->calls.room.list, n, &w->calls, &stalled);
-			done = done ? frames[done - 1] : 0;
+			done = deliver_joined(w, snap, source, join, &stalled, &unjoin);
 		} else {
-			for (uint32_t i = 0; i < n; i++)
+			for (uint32_t i = 0; i < w->burst.nr; i++)
 				views[i] = &w->burst.views[i];
-			done = switch_to_guest(snap, source->port, source->hint, views, n, &w->calls, &stalled);
+			done = switch_to_guest(snap, source->port, source->hint, views, w->burst.nr, &w->calls, &stalled);
 		}
 		count(w->counters.packets, done);
 	}
 	xsk_rx_release(xsk, done);
+	xsk->plain = MAX(xsk->plain, unjoin);
 	xsk->stalled_on = stalled;
 	if (unlikely(stalled)) {
 		uint32_t oldest = xsk_rx_trim(xsk); /* they make room */
@@ -72,7 +97,7 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 		switch_drop_stalled(stalled, oldest);
 		dropped += oldest;
 	}
-	return done + dropped;
+	return done + dropped + unjoin;
 }
 
 /* Cycles that the ring may still wait for a receiver; `waiting`: it has waited since the last call. */

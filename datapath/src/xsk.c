@@ -66,6 +66,7 @@ static void give_back(struct xv_xsk *xsk, uint32_t pieces, uint32_t frames)
 	spin_unlock(&nicq->fill_lock);
 	xsk->cons += pieces;
 	store_release(xsk->consumer, xsk->cons);
+	xsk->plain -= MIN(xsk->plain, frames);
 	count(xsk->counters.packets, frames);
 	count(xsk->counters.bytes, bytes);
 	if (unlikely(wake)) /* only zero-copy drivers ask; the socket must be one that receives */

@@ -37,6 +37,7 @@ static inline void build(struct built *f, const struct spec *s, const uint8_t *t
 {
 	uint32_t at = 12, l4 = (s->protocol == IPPROTO_TCP ? 20 : 8) + s->payload;
 	uint8_t pseudo[40] = {0};
+	uint16_t ip_sum;
 	uint8_t *ip;
 
 	memset(f, 0, sizeof(*f));
@@ -56,6 +57,8 @@ static inline void build(struct built *f, const struct spec *s, const uint8_t *t
 		ip[9] = s->protocol;
 		memcpy(ip + 12, (uint8_t[]){10, 1, 2, 3, 192, 168, 200, 7}, 8);
 		memset(ip + 20, 1, s->options);
+		ip_sum = (uint16_t)~plain_sum(ip, 20 + s->options);
+		memcpy(ip + 10, &ip_sum, 2);
 		memcpy(pseudo, ip + 12, 8);
 		memcpy(pseudo + 8, (uint8_t[]){0, s->protocol, (uint8_t)(l4 >> 8), (uint8_t)l4}, 4);
 		f->transport = (uint32_t)(ip - f->bytes) + 20 + s->options;

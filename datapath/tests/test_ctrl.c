@@ -480,6 +480,66 @@ static void test_rss_with_a_full_queue(void)
 	world_free(&w);
 }
 
+/* Two segments of a flow, as from a wire. */
+static void receive_two(uint16_t port, bool damaged)
+{
+	struct built f = *tcp_frame(port, 600);
+
+	for (uint32_t i = 0; i < 2; i++) {
+		uint8_t *ip = f.bytes + 14, *tcp = f.bytes + f.transport;
+		uint16_t sum;
+
+		put_be16(ip + 4, i);
+		put_be16(ip + 10, 0);
+		sum = (uint16_t)~plain_sum(ip, 20);
+		memcpy(ip + 10, &sum, 2);
+		put_be32(tcp + 4, 600 * i);
+		memcpy(tcp + 16, &f.pseudo, 2);
+		sum = net_csum_finish(plain_sum(tcp, f.len - f.transport));
+		memcpy(tcp + 16, &sum, 2);
+		tcp[200] ^= damaged && i;
+		CHECK(nic_receive(&w.nic, f.bytes, f.len));
+	}
+}
+
+/* Joined segments of several flows, some damaged, over several queues: those arrive unjoined, the others joined. */
+static void test_rss_with_damaged_flows(void)
+{
+	uint8_t data[8 + 4 + 3 + 40] = {VIRTIO_NET_RSS_HASH_TYPE_TCPv4, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 2, 0, 40};
+	uint32_t joined = 0, single = 0;
+
+	begin(CTRL_FEATURES | BIT(VIRTIO_NET_F_RSS) | BIT(VIRTIO_NET_F_HASH_REPORT) | BIT(VIRTIO_NET_F_MRG_RXBUF) |
+	      BIT(VIRTIO_NET_F_GUEST_CSUM) | BIT(VIRTIO_NET_F_GUEST_TSO4));
+	for (uint32_t i = 15; i < sizeof(data); i++)
+		data[i] = (uint8_t)(i * 37);
+	expect(true, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_RSS_CONFIG, data, sizeof(data));
+	for (uint16_t port = 1; port <= 12; port++)
+		receive_two(port, port % 3 == 0);
+	world_run(&w);
+	for (int pair = 0; pair < 2; pair++) {
+		int id;
+
+		while ((id = ring_reap(&guest->ring[2 * pair], NULL)) >= 0) {
+			const uint8_t *got = guest->memory + (guest->ring[2 * pair].desc[id].addr - GPA);
+			uint32_t hash;
+
+			memcpy(&hash, got + 12, 4);
+			CHECK_EQ(hash & 1, (uint32_t)pair);
+			if (got[1]) {
+				CHECK_EQ(got[1], VIRTIO_NET_HDR_GSO_TCPV4);
+				joined++;
+			} else {
+				CHECK_EQ(got[0], 0);
+				single++;
+			}
+		}
+	}
+	CHECK_EQ(joined, 8);
+	CHECK_EQ(single, 8);
+	CHECK_EQ(w.nic.fill_p - w.nic.fill_c, FRAMES);
+	world_free(&w);
+}
+
 /* ---- offloads ---- */
 
 static void send_gso(void)
@@ -675,6 +735,7 @@ int main(void)
 	test_pairs();
 	test_rss();
 	test_rss_with_a_full_queue();
+	test_rss_with_damaged_flows();
 	test_guest_offloads();
 	test_every_command_is_answered();
 	test_shapes_of_chains();

@@ -346,22 +346,33 @@ static void test_refused(void)
 static uint8_t segments[40][2048];
 static uint32_t lens[40], nr;
 
-/* Cut frame `f` with the code that has been tested above. */
-static void cut(const struct spec *s, uint16_t size)
+/* Cut frame `f` with the code that has been tested above: finished segments, as from a wire. */
+static void cut_finished(const struct spec *s, uint16_t size)
 {
 	world_init(&w, 1, GSO_FEATURES, 2048, 0);
 	send_gso(&w.guests[0], gso_type(s), size, 4096);
 	world_run(&w);
-	for (nr = 0; (lens[nr] = nic_send(&w.nic, segments[nr])); nr++) {
-		struct net_headers h;
-		uint16_t sum;
-
-		CHECK(net_parse(segments[nr], lens[nr], &h));
-		sum = net_pseudo_sum(&h, lens[nr] - h.transport); /* as a local stack leaves it */
-		memcpy(segments[nr] + h.transport + net_csum_field(h.protocol), &sum, 2);
+	for (nr = 0; (lens[nr] = nic_send(&w.nic, segments[nr])); nr++)
 		memcpy(segments[nr], a_mac, 6);
-	}
 	world_free(&w);
+}
+
+/* As a local stack leaves it. */
+static void open_checksum(uint8_t *segment, uint32_t len)
+{
+	struct net_headers h;
+	uint16_t sum;
+
+	CHECK(net_parse(segment, len, &h));
+	sum = net_pseudo_sum(&h, len - h.transport);
+	memcpy(segment + h.transport + net_csum_field(h.protocol), &sum, 2);
+}
+
+static void cut(const struct spec *s, uint16_t size)
+{
+	cut_finished(s, size);
+	for (uint32_t i = 0; i < nr; i++)
+		open_checksum(segments[i], lens[i]);
 }
 
 static void receive_segments(uint32_t begin, uint32_t end)
@@ -373,40 +384,231 @@ static void receive_segments(uint32_t begin, uint32_t end)
 	world_run(&w);
 }
 
+static const struct spec joinable[] = {
+	{4, IPPROTO_TCP, 0, 0, 14000}, {6, IPPROTO_TCP, 0, 0, 14001}, {4, IPPROTO_TCP, 1, 0, 27777},
+	{4, IPPROTO_UDP, 0, 0, 14000}, {6, IPPROTO_UDP, 1, 0, 13999},
+};
+
+static void check_joined(const struct spec *s)
+{
+	struct virtio_net_hdr_mrg_rxbuf hdr;
+	uint32_t len;
+
+	hdr = take(&w.guests[0], &len);
+	CHECK_EQ(hdr.hdr.flags, VIRTIO_NET_HDR_F_NEEDS_CSUM);
+	CHECK_EQ(hdr.hdr.gso_type, gso_type(s));
+	CHECK_EQ(hdr.hdr.gso_size, 1400);
+	CHECK_EQ(hdr.hdr.hdr_len, header_bytes(s));
+	CHECK_EQ(hdr.hdr.csum_start, f.transport);
+	CHECK_EQ(hdr.hdr.csum_offset, f.field);
+	CHECK_EQ(len, f.len);
+	CHECK(!memcmp(got, f.bytes, len)); /* what was cut is whole again, bit for bit */
+	CHECK_EQ(ring_reap(&w.guests[0].ring[0], NULL), -1);
+	CHECK_EQ(w.nic.fill_p - w.nic.fill_c, FRAMES);
+	CHECK_EQ(w.guests[0].guest->queues[0].rx.copied_bytes, len);
+}
+
 static void test_join(void)
 {
-	static const struct spec joinable[] = {{4, IPPROTO_TCP, 0, 0, 14000}, {6, IPPROTO_TCP, 0, 0, 14001}, {4, IPPROTO_TCP, 1, 0, 27777}};
+	for (size_t i = 0; i < ARRAY_SIZE(joinable); i++)
+		for (int finished = 0; finished < 2; finished++) {
+			const struct spec *s = &joinable[i];
 
-	for (size_t i = 0; i < ARRAY_SIZE(joinable); i++) {
-		const struct spec *s = &joinable[i];
-		struct virtio_net_hdr_mrg_rxbuf hdr;
-		uint32_t len;
-
-		build(&f, s, b_mac, a_mac);
-		f.bytes[f.transport + 13] = 0x18; /* ACK, PSH */
-		if (s->family == 4) { /* the kernel's segments have a checksum in their IP header */
-			struct net_headers h;
-			uint16_t sum;
-
-			CHECK(net_parse(f.bytes, f.len, &h));
-			sum = (uint16_t)~plain_sum(f.bytes + h.ip, 20);
-			memcpy(f.bytes + h.ip + 10, &sum, 2);
+			build(&f, s, b_mac, a_mac);
+			if (s->protocol == IPPROTO_TCP)
+				f.bytes[f.transport + 13] = 0x18; /* ACK, PSH */
+			(finished ? cut_finished : cut)(s, 1400);
+			memcpy(f.bytes, a_mac, 6);
+			receive_segments(0, nr);
+			check_joined(s);
+			world_free(&w);
 		}
-		cut(s, 1400);
-		memcpy(f.bytes, a_mac, 6);
+}
+
+/* Jumbo segments, each of several pieces, from a wire. */
+static void test_join_pieces(void)
+{
+	const struct spec s = {4, IPPROTO_TCP, 0, 0, 36001};
+	uint8_t frame[10000];
+	uint32_t len;
+
+	build(&f, &s, a_mac, b_mac);
+	world_init(&w, 1, JOIN_FEATURES, 128, XV_NICQ_SG);
+	post(&w.guests[0], 64, 1536);
+	for (uint32_t at = 0; at < s.payload; at += 8947) {
+		uint32_t bytes = MIN(8947u, s.payload - at), sum;
+		struct net_headers h;
+
+		memcpy(frame, f.bytes, f.transport + 20);
+		memcpy(frame + f.transport + 20, f.bytes + f.transport + 20 + at, bytes);
+		put_be16(frame + 16, 40 + bytes);
+		put_be16(frame + 18, at / 8947);
+		put_be16(frame + 24, 0);
+		sum = (uint16_t)~plain_sum(frame + 14, 20);
+		memcpy(frame + 24, &sum, 2);
+		put_be32(frame + f.transport + 4, be32(f.bytes + f.transport + 4) + at);
+		CHECK(net_parse(frame, f.transport + 20, &h));
+		put_be16(frame + f.transport + 16, 0);
+		sum = net_csum_finish(net_pseudo_sum(&h, 20 + bytes) + (uint64_t)plain_sum(frame + f.transport, 20 + bytes));
+		memcpy(frame + f.transport + 16, &sum, 2);
+		CHECK(nic_receive(&w.nic, frame, f.transport + 20 + bytes));
+	}
+	world_run(&w);
+	CHECK_EQ(take(&w.guests[0], &len).hdr.gso_size, 8947);
+	CHECK_EQ(len, f.len);
+	CHECK(!memcmp(got, f.bytes, len));
+	CHECK_EQ(w.guests[0].guest->queues[0].rx.copied_bytes, len);
+	CHECK_EQ(w.nic.fill_p - w.nic.fill_c, FRAMES);
+	world_free(&w);
+}
+
+/* One of the joined ones has been damaged: every frame arrives as it came, by itself, the damaged one too. */
+static void test_a_wrong_checksum(void)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(joinable); i++)
+		for (uint32_t bad = 0; bad < 10; bad += 3)
+			for (uint32_t byte = 0; byte < 4; byte++) {
+				const struct spec *s = &joinable[i];
+				struct virtio_net_hdr_mrg_rxbuf hdr;
+				uint32_t at, len;
+
+				build(&f, s, b_mac, a_mac);
+				cut_finished(s, 1400);
+				at = (uint32_t[]){f.transport + f.field, header_bytes(s), lens[bad] - 1, lens[bad] / 2}[byte];
+				segments[bad][at] ^= 0x10;
+				receive_segments(0, nr);
+				for (uint32_t n = 0; n < nr; n++) {
+					hdr = take(&w.guests[0], &len);
+					CHECK_EQ(hdr.hdr.flags, 0);
+					CHECK_EQ(hdr.hdr.gso_type, 0);
+					CHECK_EQ(hdr.num_buffers, 1);
+					CHECK_EQ(len, lens[n]);
+					CHECK(!memcmp(got, segments[n], len));
+				}
+				CHECK_EQ(ring_reap(&w.guests[0].ring[0], NULL), -1);
+				CHECK_EQ(w.nic.fill_p - w.nic.fill_c, FRAMES);
+				CHECK_EQ(w.nic.xsk->plain, 0);
+				world_free(&w);
+			}
+}
+
+/* A wrong sum in the IP header is not repaired by joining. */
+static void test_a_wrong_ip_checksum(void)
+{
+	const struct spec s = {4, IPPROTO_TCP, 0, 0, 4200};
+	uint32_t len;
+
+	for (int finished = 0; finished < 2; finished++) {
+		build(&f, &s, b_mac, a_mac);
+		(finished ? cut_finished : cut)(&s, 1400);
+		segments[1][14 + 10] ^= 1;
 		receive_segments(0, nr);
-		hdr = take(&w.guests[0], &len);
-		CHECK_EQ(hdr.hdr.gso_type, gso_type(s));
-		CHECK_EQ(hdr.hdr.gso_size, 1400);
-		CHECK_EQ(hdr.hdr.hdr_len, header_bytes(s));
-		CHECK_EQ(hdr.hdr.csum_start, f.transport);
-		CHECK_EQ(len, f.len);
-		CHECK(!memcmp(got, f.bytes, len)); /* what was cut is whole again, bit for bit */
-		CHECK_EQ(ring_reap(&w.guests[0].ring[0], NULL), -1);
-		CHECK_EQ(w.nic.fill_p - w.nic.fill_c, FRAMES);
-		CHECK_EQ(w.guests[0].guest->queues[0].rx.copied_bytes, len);
+		for (uint32_t n = 0; n < nr; n++) {
+			CHECK_EQ(take(&w.guests[0], &len).hdr.gso_type, 0);
+			CHECK_EQ(len, lens[n]);
+			CHECK(!memcmp(got, segments[n], len));
+		}
 		world_free(&w);
 	}
+}
+
+/* Joined it can never fit, or not now and perhaps never: the frames come one by one. */
+static void test_unjoined_for_buffers(void)
+{
+	const struct spec s = {4, IPPROTO_TCP, 0, 0, 14000};
+	uint32_t len;
+
+	build(&f, &s, b_mac, a_mac);
+	cut_finished(&s, 1400);
+	world_init(&w, 1, JOIN_FEATURES, 4, 0);
+	post(&w.guests[0], 4, 1536);
+	for (uint32_t i = 0; i < 8; i++)
+		CHECK(nic_receive(&w.nic, segments[i], lens[i]));
+	world_run(&w);
+	for (uint32_t i = 0; i < 8; i++) {
+		CHECK_EQ(take(&w.guests[0], &len).hdr.gso_type, 0);
+		CHECK(!memcmp(got, segments[i], lens[i]));
+		ring_offer(&w.guests[0].ring[0], (uint16_t)(i % 4));
+		world_run(&w);
+	}
+	CHECK_EQ(w.guests[0].guest->queues[0].rx.drops[XV_DROP_TOO_BIG], 0);
+	world_free(&w);
+
+	world_init(&w, 1, JOIN_FEATURES, 64, 0);
+	post(&w.guests[0], 4, 1536);
+	for (uint32_t i = 0; i < 8; i++)
+		CHECK(nic_receive(&w.nic, segments[i], lens[i]));
+	w.dp->cycles_per_us = 1ull << 40;
+	world_run(&w);
+	CHECK_EQ(ring_reap(&w.guests[0].ring[0], NULL), -1); /* it waits for more of them */
+	w.dp->cycles_per_us = 0;
+	world_run(&w);
+	for (uint32_t i = 0; i < 4; i++) {
+		CHECK_EQ(take(&w.guests[0], &len).hdr.gso_type, 0);
+		CHECK(!memcmp(got, segments[i], lens[i]));
+	}
+	CHECK_EQ(ring_reap(&w.guests[0].ring[0], NULL), -1);
+	world_free(&w);
+}
+
+/* Datagrams: never without a checksum, of unequal sizes, over the most that Linux takes, or to a guest without USO. */
+static void test_udp_never_joined(void)
+{
+	const struct spec s = {4, IPPROTO_UDP, 0, 0, 4200};
+	uint32_t len, frames = 0;
+
+	for (int what = 0; what < 4; what++) {
+		build(&f, &s, b_mac, a_mac);
+		cut_finished(&s, 1400);
+		CHECK_EQ(nr, 3);
+		for (uint32_t i = 0; i < nr; i++) {
+			uint8_t *udp = segments[i] + 34;
+
+			if (what == 0)
+				put_be16(udp + 6, 0);
+			else if (what == 1)
+				put_be16(udp, 1000 + i); /* another port */
+			else if (what == 2)
+				put_be16(udp + 4, be16(udp + 4) - 1); /* padding behind the datagram */
+		}
+		if (what < 3) {
+			receive_segments(0, nr);
+		} else {
+			world_init(&w, 1, JOIN_FEATURES & ~(1ull << F_GUEST_USO6), 128, 0);
+			post(&w.guests[0], 64, 1536);
+			for (uint32_t i = 0; i < nr; i++)
+				CHECK(nic_receive(&w.nic, segments[i], lens[i]));
+			world_run(&w);
+		}
+		for (uint32_t i = 0; i < nr; i++) {
+			CHECK_EQ(take(&w.guests[0], &len).hdr.gso_type, 0);
+			CHECK_EQ(len, lens[i]);
+			CHECK(!memcmp(got, segments[i], len));
+		}
+		world_free(&w);
+	}
+	/* a longer one after a shorter one begins anew; the shorter one has ended what it was added to */
+	build(&f, &(struct spec){4, IPPROTO_UDP, 0, 0, 3400}, b_mac, a_mac);
+	cut_finished(&s, 1400);
+	CHECK_EQ(nr, 3);
+	world_init(&w, 1, JOIN_FEATURES, 128, 0);
+	post(&w.guests[0], 64, 1536);
+	CHECK(nic_receive(&w.nic, segments[2], lens[2]));
+	CHECK(nic_receive(&w.nic, segments[0], lens[0]));
+	CHECK(nic_receive(&w.nic, segments[1], lens[1]));
+	CHECK(nic_receive(&w.nic, segments[2], lens[2]));
+	world_run(&w);
+	while (w.guests[0].ring[0].used->idx != w.guests[0].ring[0].seen) {
+		struct virtio_net_hdr_mrg_rxbuf hdr = take(&w.guests[0], &len);
+
+		memcpy(f.bytes, a_mac, 6);
+		CHECK_EQ(hdr.hdr.gso_type, frames ? VIRTIO_NET_HDR_GSO_UDP_L4 : 0);
+		CHECK_EQ(len, frames ? f.len : lens[2]);
+		CHECK(!memcmp(got, frames ? f.bytes : segments[2], len));
+		frames++;
+	}
+	CHECK_EQ(frames, 2);
+	world_free(&w);
 }
 
 /* Change one thing about the second of three segments: it is not joined with the first. Frames that arrive, counted. */
@@ -418,8 +620,12 @@ static uint32_t frames_after(int at, uint8_t flip)
 
 	segments[1][at] ^= flip;
 	if (net_parse(segments[1], lens[1], &h)) {
-		sum = net_pseudo_sum(&h, lens[1] - h.transport);
-		memcpy(segments[1] + f.transport + 16, &sum, 2);
+		open_checksum(segments[1], lens[1]);
+		if (!h.ipv6) {
+			memset(segments[1] + h.ip + 10, 0, 2);
+			sum = (uint16_t)~plain_sum(segments[1] + h.ip, 20);
+			memcpy(segments[1] + h.ip + 10, &sum, 2);
+		}
 	}
 	receive_segments(0, 3);
 	while (w.guests[0].ring[0].used->idx != w.guests[0].ring[0].seen) {
@@ -486,24 +692,6 @@ static void test_never_joined(void)
 	}
 }
 
-/* A checksum from a wire is not the stack's word: such frames go one by one. */
-static void test_finished_checksums_are_not_joined(void)
-{
-	const struct spec s = {4, IPPROTO_TCP, 0, 0, 4200};
-	uint32_t len;
-
-	build(&f, &s, b_mac, a_mac);
-	cut(&s, 1400);
-	for (uint32_t i = 0; i < nr; i++)
-		segments[i][34 + 16] ^= 0x5a;
-	receive_segments(0, nr);
-	for (uint32_t i = 0; i < nr; i++) {
-		CHECK_EQ(take(&w.guests[0], &len).hdr.gso_type, 0);
-		CHECK_EQ(len, lens[i]);
-	}
-	world_free(&w);
-}
-
 int main(void)
 {
 	test_cut_to_nic();
@@ -514,7 +702,11 @@ int main(void)
 	test_refused();
 	test_join();
 	test_never_joined();
-	test_finished_checksums_are_not_joined();
+	test_join_pieces();
+	test_a_wrong_checksum();
+	test_a_wrong_ip_checksum();
+	test_unjoined_for_buffers();
+	test_udp_never_joined();
 	puts("ok");
 	return 0;
 }
