@@ -5,7 +5,7 @@ A skip has to be announced: `@pytest.mark.may_skip("why that is all right")` on 
 Any other skip is a failure, so that a missing tool or kernel feature can't hide a test.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ import pytest
 
 from support.netns import World
 
+MEASURED = pytest.StashKey[list[str]]()
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[MEASURED] = []
     config.addinivalue_line("markers", "may_skip(reason): this test may be skipped, and the reason says why")
 
 
@@ -51,6 +54,19 @@ def pytest_make_collect_report(
         report.outcome = "failed"
         report.longrepr = f"unexpected skip of a whole module: {report.longrepr}"
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[MEASURED]:
+        terminalreporter.section("measured")
+        for line in config.stash[MEASURED]:
+            terminalreporter.line(line)
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Puts a line with what a test measured into the run's summary."""
+    return lambda text: request.config.stash[MEASURED].append(f"{request.node.name}: {text}")
 
 
 @pytest.fixture

@@ -217,16 +217,23 @@ def _modules() -> dict[str, bytes]:
     return ordered
 
 
+def hoard_program() -> Path:
+    """tests/support/hoard.c; guests have it as `hoard`."""
+    return uml.compiled("hoard", "-static")
+
+
 def initramfs() -> Path:
     """User-Mode Linux's image, and behind it an archive with this kernel's modules, which replaces the others'."""
     base = uml.initramfs()
-    key = f"{base.name} {kernel().stat().st_mtime_ns} {MODULES}"
+    hoard = hoard_program()
+    key = f"{base.name} {hoard.name} {kernel().stat().st_mtime_ns} {MODULES}"
     image = base.with_name(f"qemu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.cpio")
     if not image.exists():
         cpio = uml._Cpio()
         modules = _modules()
         for name, body in modules.items():
             cpio.file(f"modules/{name}.ko", body, 0o644)
+        cpio.file("bin/hoard", hoard.read_bytes())
         cpio.file("modules/order", "\n".join(f"{name}.ko" for name in modules).encode(), 0o644)
         for old in uml.CACHE.glob("qemu-*.cpio"):
             old.unlink(missing_ok=True)
@@ -298,6 +305,10 @@ class QemuLinux(uml.UmlGuest):
     def console(self) -> str:
         lines = self.console_log.read_text(errors="replace").splitlines() if self.console_log.exists() else []
         return "\n".join([self.process.tail(20), *lines[-40:]])
+
+    def take_over(self, other: "QemuLinux") -> None:
+        """From now on it answers: `other` has migrated here."""
+        self._next_id = other._next_id
 
     def reset(self) -> None:
         """Presses the reset button; ready() waits until it takes commands again."""

@@ -152,16 +152,21 @@ def _program(name: str) -> str:
     return os.path.realpath(path)
 
 
-def peer_program() -> Path:
-    """tests/support/peer.c, compiled; guests have it as `peer`."""
-    source = Path(__file__).with_name("peer.c")
-    program = CACHE / f"peer-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+def compiled(name: str, *flags: str) -> Path:
+    """tests/support/NAME.c as a program, compiled again only when it changed."""
+    source = Path(__file__).with_name(f"{name}.c")
+    program = CACHE / f"{name}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
     if not program.exists():
         CACHE.mkdir(exist_ok=True)
         temporary = program.with_suffix(f".{os.getpid()}")
-        run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", temporary, source, "-lcrypto"])
+        run(["gcc", "-O2", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-o", temporary, source, *flags])
         temporary.rename(program)
     return program
+
+
+def peer_program() -> Path:
+    """tests/support/peer.c; guests have it as `peer`."""
+    return compiled("peer", "-lcrypto")
 
 
 def initramfs(programs: Sequence[str] = PROGRAMS) -> Path:
