@@ -113,7 +113,7 @@ def main(verbose: bool) -> None:
     type=click.Choice(config.XDP_CHOICES),
     default="auto",
     show_default=True,
-    help="Where the XDP program runs; auto: native, else generic.",
+    help="Where the XDP program runs; auto: native, else generic; none: without it, by a packet socket.",
 )
 @click.option(
     "--bind",

@@ -16,7 +16,7 @@ from .errors import ConfigError
 
 SocketMode = Literal["server", "client"]
 PollMode = Literal["adaptive", "busy", "interrupt"]
-XdpMode = Literal["auto", "native", "generic"]
+XdpMode = Literal["auto", "native", "generic", "none"]
 BindMode = Literal["auto", "zerocopy", "copy"]
 
 SOCKET_MODES: tuple[str, ...] = get_args(SocketMode)

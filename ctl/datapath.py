@@ -24,7 +24,7 @@ from .errors import DatapathError
 
 log = logging.getLogger(__name__)
 
-ABI = 7
+ABI = 8
 MAX_REGIONS = 509
 MAX_PAIRS = 128
 MAX_RING_SIZE = 32768
@@ -124,6 +124,7 @@ class GuestConf(Structure):
         ("guest", c_uint64),
         ("rings", c_uint64),
         ("xsks", c_uint64),
+        ("packet", c_uint64),
         ("features", c_uint64),
         ("nr_rings", c_uint32),
         ("nr_xsks", c_uint32),
@@ -538,6 +539,7 @@ class GuestState:
     worker: int
     max_pairs: int
     xsks: Sequence[Xsk] = ()
+    packet: Mcast | None = None
     rings: Mapping[int, Vring] = field(default_factory=dict)
     features: int = 0
     ctrl: int | None = None
@@ -738,6 +740,7 @@ class Datapath:
             conf.guest = state.port.handle
             conf.rings, conf.nr_rings = ctypes.addressof(rings), count
             conf.xsks, conf.nr_xsks = ctypes.addressof(xsks), len(state.xsks)
+            conf.packet = state.packet.handle if state.packet else 0
             conf.features = state.features
             conf.ctrl = NO_RING if state.ctrl is None else state.ctrl
             conf.nic, conf.worker, conf.max_pairs = state.nic, state.worker, state.max_pairs

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from . import datapath
-from .datapath import VLAN_ANY, Datapath, GuestPort, GuestState, MacEntry, Memory, NicState, Region, Vring, Xsk
+from .datapath import VLAN_ANY, Datapath, GuestPort, GuestState, MacEntry, Mcast, Memory, NicState, Region, Vring, Xsk
 from .errors import ConfigError, XdpvhostError
 from .vhost.errors import ProtocolError, Violation
 from .xdp.maps import MAX_SLOTS
@@ -44,6 +44,7 @@ class GuestEntry:
         self.nic = nic
         self.port = port
         self.xsks: Sequence[Xsk] = ()
+        self.packet: Mcast | None = None  # without XDP
         self.connected = False
         self.sessions = 0
         self.protocol_errors: Counter[str] = Counter({str(violation): 0 for violation in Violation})
@@ -165,6 +166,7 @@ class Switch:
         entry = GuestEntry(self, slot, spec, nic, self.dp.guest(spec.name, spec.queues, spec.mac))
         try:
             entry.xsks = nic.add_guest(slot, spec.name, [(0, spec.mac), (VLAN_ANY, spec.mac)])
+            entry.packet = nic.packet_socket(slot)
             self.guests[spec.name] = entry
             self.publish()
             nic.steer(slot)
@@ -208,6 +210,7 @@ class Switch:
                     worker=entry.slot % self.dp.workers,
                     max_pairs=entry.max_pairs,
                     xsks=entry.xsks,
+                    packet=entry.packet,
                     rings=entry.rings,
                     features=entry.features,
                     ctrl=entry.ctrl,

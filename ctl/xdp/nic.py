@@ -30,11 +30,8 @@ from __future__ import annotations
 
 import errno
 import logging
-import socket
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from ctypes import addressof, create_string_buffer
 from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
@@ -43,10 +40,11 @@ from ..errors import NicError
 from ..links import ethtool
 from ..links.journal import Entry, Journal
 from ..links.netlink import Link, device_mtu, get_link, link_name
-from ..links.nicprep import SOL_PACKET, AddressFilter, NicPrep
+from ..links.nicprep import AddressFilter, NicPrep
 from . import gsosock, libxdp
 from .capabilities import require
-from .maps import MAX_QUEUES, MAX_SLOTS
+from .maps import MAX_QUEUES, MAX_SLOTS, SteerMaps
+from .packet import GROUPS, PacketSocket, addressed_to
 from .program import PROGRAM, SteerProgram, refuse_occupied
 from .umem import RX_FRAMES, TX_FRAMES, Framing, framing_for, lift_memlock_limit, too_large
 from .xsk import GuestSocket, QueueSockets, SeveralPiecesRefused, close_together
@@ -55,23 +53,8 @@ log = logging.getLogger(__name__)
 
 Native = TypeVar("Native", Nicq, Mcast)
 
-ETH_P_ALL = 3
-PACKET_AUXDATA, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 8, 15, 23
-SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33
-MCAST_RCVBUF = 8 << 20
-
 # Drivers of physical-looking devices whose other end is a local stack all the same.
 _LOCAL_STACK_DRIVERS = frozenset({"virtio_net", "xen_netfront"})
-
-# Classic BPF: keep only packets that the NIC's own address did not call for, PACKET_BROADCAST and PACKET_MULTICAST.
-_SKF_AD_PKTTYPE = 0xFFFFF000 + 4
-_ONLY_GROUPS = (
-    (0x28, 0, 0, _SKF_AD_PKTTYPE),  # ldh [pkttype]
-    (0x15, 1, 0, 1),  # jeq PACKET_BROADCAST, accept
-    (0x15, 0, 1, 2),  # jeq PACKET_MULTICAST, accept, reject
-    (0x06, 0, 0, 0xFFFFFFFF),  # accept
-    (0x06, 0, 0, 0),  # reject
-)
 
 
 @dataclass(frozen=True)
@@ -115,6 +98,8 @@ class _Guest:
     macs: tuple[tuple[int, bytes], ...]
     sockets: list[GuestSocket]
     xsks: list[Xsk]
+    packets: PacketSocket | None = None  # without XDP: where its frames come instead, and the data plane's side of it
+    heard: Mcast | None = None
     undo_steering: ExitStack = field(default_factory=ExitStack)
 
 
@@ -136,7 +121,7 @@ class Nic:
         self._guests: dict[int, _Guest] = {}
         self._gso, self._gso_fd = 0, -1
         self._framing: Framing
-        self._program: SteerProgram
+        self._program: SteerProgram | None = None  # None: --xdp-mode none
         self._filter: AddressFilter
 
     @classmethod
@@ -191,20 +176,24 @@ class Nic:
                 f"interface {self.iface}: it has {nr_queues} receive queues and at most {MAX_QUEUES} are supported: "
                 f"`ethtool -L {self.iface} combined {MAX_QUEUES}`"
             )
-        self._attach(prep, nr_queues)
-        prep.note_side_effects()
+        if self.options.xdp_mode != "none":
+            self._attach(prep, nr_queues)
+            prep.note_side_effects()
 
-        groups = self._open_mcast()
-        self._filter = AddressFilter(groups, self.ifindex)
+        groups = PacketSocket(self.iface, GROUPS)
+        self._stack.callback(groups.close)
+        groups.listen()
+        self._filter = AddressFilter(groups.socket, self.ifindex)
         self._filter.accept_multicast()
         driver = link.kind or ethtool.driver(self.iface) or "unknown"
         partial = link.local_stack or driver in _LOCAL_STACK_DRIVERS
-        # A generic program has no business with a driver's zero-copy path, which would bypass it.
-        bind = "copy" if self._program.mode == "generic" and self.options.bind == "auto" else self.options.bind
+        # A generic program, or none, has no business with a driver's zero-copy path, which would bypass it.
+        native = self._program is not None and self._program.mode == "native"
+        bind = "copy" if not native and self.options.bind == "auto" else self.options.bind
         self._open_gso(link)
         for queue in range(nr_queues):
             self._open_queue(queue, bind, partial)
-        self.mcast = self._owned(self._dp.mcast(groups.fileno()))
+        self.mcast = self._owned(self._dp.mcast(groups.socket.fileno()))
         self.facts = self._facts(link, driver, partial, prep.warnings)
 
     def _attach(self, prep: NicPrep, nr_queues: int) -> None:
@@ -232,18 +221,6 @@ class Nic:
             prep.done(entry)
         except OSError as exc:
             log.error("interface %s: the XDP program is detached, which cannot be noted: %s", self.iface, exc)
-
-    def _open_mcast(self) -> socket.socket:
-        """Hears the group frames that arrive, and nothing before it is bound, as it starts with no protocol."""
-        groups = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
-        self._stack.callback(groups.close)
-        code = create_string_buffer(b"".join(struct.pack("=HBBI", *i) for i in _ONLY_GROUPS))
-        groups.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(_ONLY_GROUPS), addressof(code)))
-        for option in (PACKET_VNET_HDR, PACKET_AUXDATA, PACKET_IGNORE_OUTGOING):
-            groups.setsockopt(SOL_PACKET, option, 1)
-        groups.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, MCAST_RCVBUF)
-        groups.bind((self.iface, ETH_P_ALL))
-        return groups
 
     def _open_gso(self, link: Link) -> None:
         """All queues share the socket: it takes a frame to the device in the call, whichever worker makes it."""
@@ -284,6 +261,7 @@ class Nic:
     def _facts(self, link: Link, driver: str, partial: bool, warnings: Sequence[str]) -> NicFacts:
         modes = {"zerocopy" if s.zerocopy else "copy" for s in self._sockets}
         pages = {s.memory.pages for s in self._sockets}
+        program = self._program
         return NicFacts(
             iface=self.iface,
             ifindex=self.ifindex,
@@ -292,10 +270,10 @@ class Nic:
             mtu=self.mtu,
             queues=self.nr_queues,
             xdp_asked=self.options.xdp_mode,
-            xdp_in_use=self._program.mode,
-            dispatcher=self._program.dispatcher,
-            dispatcher_detail=self._program.dispatcher_detail,
-            program_id=self._program.program_id,
+            xdp_in_use=program.mode if program else "none",
+            dispatcher=program.dispatcher if program else False,
+            dispatcher_detail=program.dispatcher_detail if program else "no XDP program",
+            program_id=program.program_id if program else 0,
             bind_asked=self.options.bind,
             bind_in_use=modes.pop() if len(modes) == 1 else "mixed",
             chunk=self._framing.chunk,
@@ -317,7 +295,9 @@ class Nic:
     # ---- guests
 
     def add_guest(self, slot: int, name: str, macs: Sequence[tuple[int, bytes]]) -> list[Xsk]:
-        """Sockets for a guest on every queue; `macs` are (VLAN, address), VLAN 0 for untagged and 0xffff for any tag.
+        """Sockets for a guest on every queue. `macs` are (VLAN, address), VLAN 0 for untagged and 0xffff for any tag.
+
+        Without XDP there are none, but a packet socket: packet_socket().
 
         Raises NicError, and then nothing of it is left.
         """
@@ -329,36 +309,52 @@ class Nic:
             )
         with ExitStack() as undo, self._changing(name):
             guest = _Guest(name, tuple(macs), [], [])
-            for queue, owner in enumerate(self._sockets):
+            if self._program is None:
+                guest.packets = PacketSocket(self.iface, addressed_to(dict.fromkeys(mac for _, mac in macs)))
+                undo.callback(guest.packets.close)
+                guest.heard = self._dp.mcast(guest.packets.socket.fileno())
+                undo.callback(guest.heard.close)
+            for queue, owner in enumerate(self._sockets if self._program else ()):
                 sock = owner.guest()
                 undo.callback(sock.close)
                 guest.sockets.append(sock)
                 xsk = self._dp.xsk(self.queues[queue], sock.ring, sock.fd)
                 undo.callback(xsk.close)
                 guest.xsks.append(xsk)
-            self._program.maps.zero(slot)
+            if self._program:
+                self._program.maps.zero(slot)
             undo.pop_all()
         self._guests[slot] = guest
         return list(guest.xsks)
+
+    def packet_socket(self, slot: int) -> Mcast | None:
+        """Where a guest's frames arrive without XDP."""
+        return self._guests[slot].heard
 
     def steer(self, slot: int) -> None:
         """Let a guest's frames in. Once the workers read its sockets. Raises NicError, and then none come in."""
         guest = self._guests[slot]
         guest.undo_steering.close()
-        maps = self._program.maps
         with ExitStack() as undo, self._changing(guest.name):
             for mac in dict.fromkeys(mac for _, mac in guest.macs):
                 self._filter.add(mac)
                 undo.callback(self._filter.remove, mac)
-            for queue, sock in enumerate(guest.sockets):
-                maps.set_socket(slot, queue, sock.fd)
-                undo.callback(self._quietly, maps.clear_socket, slot, queue)
-            for vlan, mac in guest.macs:
-                if maps.owner(vlan, mac) not in (None, slot):
-                    raise NicError(f"guest {guest.name!r}: {mac.hex(':')} is another guest's in VLAN {vlan}")
-                maps.set_mac(vlan, mac, slot)
-                undo.callback(self._quietly, maps.clear_mac, vlan, mac)
+            if guest.packets:
+                guest.packets.listen()
+                undo.callback(self._quietly, guest.packets.silence)
+            if self._program:
+                self._redirect(slot, guest, self._program.maps, undo)
             guest.undo_steering = undo.pop_all()
+
+    def _redirect(self, slot: int, guest: _Guest, maps: SteerMaps, undo: ExitStack) -> None:
+        for queue, sock in enumerate(guest.sockets):
+            maps.set_socket(slot, queue, sock.fd)
+            undo.callback(self._quietly, maps.clear_socket, slot, queue)
+        for vlan, mac in guest.macs:
+            if maps.owner(vlan, mac) not in (None, slot):
+                raise NicError(f"guest {guest.name!r}: {mac.hex(':')} is another guest's in VLAN {vlan}")
+            maps.set_mac(vlan, mac, slot)
+            undo.callback(self._quietly, maps.clear_mac, vlan, mac)
 
     def unsteer(self, slot: int) -> None:
         """No more of its frames come in: they are the kernel's again. Before a publication without its sockets."""
@@ -375,6 +371,10 @@ class Nic:
             guest.undo_steering.close()
             for xsk in guest.xsks:
                 xsk.close()
+            if guest.heard:
+                guest.heard.close()
+            if guest.packets:
+                guest.packets.close()
         close_together([sock for guest in guests for sock in guest.sockets])
 
     @contextmanager
@@ -423,7 +423,7 @@ class Nic:
 
     def verdicts(self) -> dict[tuple[int | None, int, str], int]:
         """(slot, queue, verdict) -> frames since the guest was added; slot None is the host."""
-        return self._program.maps.verdicts(sorted(self._guests))
+        return self._program.maps.verdicts(sorted(self._guests)) if self._program else {}
 
     def xsk_statistics(self) -> dict[tuple[int | None, int], dict[str, int]]:
         """(slot, queue) -> the kernel's six XDP_STATISTICS; slot None is the socket that sends."""

@@ -19,7 +19,7 @@
 
 #define XV_API __attribute__((visibility("default")))
 
-#define XV_ABI 7u /* changes with every change of a struct or of a meaning below */
+#define XV_ABI 8u /* changes with every change of a struct or of a meaning below */
 
 #define XV_MAX_WORKERS 64u
 #define XV_MAX_REGIONS 509u    /* memory slots of one guest: what VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS grants */
@@ -81,7 +81,7 @@ struct xv_guest; /* a guest: its counters and locks, as long as it is configured
 struct xv_vring; /* one started virtqueue */
 struct xv_nicq;  /* one NIC queue: UMEM, fill, completion and TX ring */
 struct xv_xsk;   /* one guest's receiving AF_XDP socket on one NIC queue */
-struct xv_mcast; /* packet socket that hears a NIC's broadcast and multicast */
+struct xv_mcast; /* packet socket that hears a NIC's broadcast and multicast, or one guest's frames */
 
 struct xv_dp_conf {
 	uint32_t workers;
@@ -158,6 +158,7 @@ struct xv_guest_conf {
 	uint64_t guest;    /* struct xv_guest * */
 	uint64_t rings;    /* struct xv_vring *[nr_rings], by vring index, NULL where not started: even RX, odd TX */
 	uint64_t xsks;     /* struct xv_xsk *[nr_xsks]: where its frames arrive */
+	uint64_t packet;   /* struct xv_mcast *: where they arrive without XDP, or 0 */
 	uint64_t features; /* negotiated virtio features, 0 when no front-end is connected */
 	uint32_t nr_rings, nr_xsks;
 	uint32_t ctrl;     /* vring index of the control virtqueue, XV_NO_RING when the front-end has it */
@@ -222,7 +223,7 @@ struct xv_nicq_counters { /* the writer holds the TX lock, or adds atomically */
 
 struct xv_mcast_counters {
 	uint64_t packets, bytes;
-	uint64_t dropped; /* too long, too short, or segmented by the sender's stack (GSO) */
+	uint64_t dropped; /* too long, too short, or not what their virtio-net header says */
 } __attribute__((aligned(64)));
 
 struct xv_worker_counters {

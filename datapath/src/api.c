@@ -30,7 +30,7 @@ static const struct xv_layout_entry layout[] = {
 	FIELD(xv_nicq_conf, fill), FIELD(xv_nicq_conf, comp), FIELD(xv_nicq_conf, tx), FIELD(xv_nicq_conf, fd),
 	FIELD(xv_nicq_conf, queue), FIELD(xv_nicq_conf, gso), FIELD(xv_nicq_conf, gso_fd),
 	SIZE(xv_xsk_conf), FIELD(xv_xsk_conf, rx), FIELD(xv_xsk_conf, fd), FIELD(xv_xsk_conf, reserved),
-	SIZE(xv_guest_conf), FIELD(xv_guest_conf, guest), FIELD(xv_guest_conf, rings), FIELD(xv_guest_conf, xsks),
+	SIZE(xv_guest_conf), FIELD(xv_guest_conf, guest), FIELD(xv_guest_conf, rings), FIELD(xv_guest_conf, xsks), FIELD(xv_guest_conf, packet),
 	FIELD(xv_guest_conf, features), FIELD(xv_guest_conf, nr_rings), FIELD(xv_guest_conf, nr_xsks),
 	FIELD(xv_guest_conf, ctrl), FIELD(xv_guest_conf, nic), FIELD(xv_guest_conf, worker),
 	FIELD(xv_guest_conf, max_pairs),

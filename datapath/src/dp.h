@@ -21,6 +21,8 @@ struct worker {
 	uint64_t serial;       /* of the snapshot it works on */
 	uint32_t requests_seen;
 	uint64_t mcast_due, last_work, watchdog_turns;
+	uint64_t contention_due, contended_until;
+	long preempted;        /* how often the kernel had taken its CPU from it when it looked last */
 	bool tx_stalls;        /* a guest's frames wait for another's buffers, as long as their patience lasts */
 	bool ctrl_waits;       /* a control command waits for control, or for other workers */
 	bool rx_stalls;        /* a NIC's frames wait for buffers whose kick another worker gets */

@@ -125,7 +125,7 @@ uint32_t nicq_gso_bits(uint32_t conf);
 /* Send a guest's GSO frame whole, or drop and count it. False: neither, it is to be cut. */
 bool nicq_tx_gso(struct xv_nicq *nicq, const struct xv_view *view, uint32_t max_len, uint64_t *drops);
 
-/* ---- broadcast and multicast of a NIC (mcast.c) ---- */
+/* ---- packet socket: broadcast and multicast of a NIC, or frames for one guest (mcast.c) ---- */
 
 struct mcast_slot;
 
@@ -133,10 +133,15 @@ struct xv_mcast {
 	struct source rx;
 	uint8_t *buffers;
 	struct mcast_slot *slots;
+	struct xv_view *views;      /* of the frames in the slots, from `done` to `nr` */
+	uint32_t nr, done;
+	struct xv_vring *stalled_on; /* the receive ring whose buffers ran out, or NULL */
 	struct xv_mcast_counters counters;
 };
 
-/* Receive frames; valid until the next call. There is nothing to release. */
+/* View the frames that were not released, or if there are none, new ones. */
 void mcast_rx_burst(struct xv_mcast *mcast, struct xv_burst *burst);
+/* Done with the first n of those. */
+void mcast_rx_release(struct xv_mcast *mcast, uint32_t n);
 
 #endif

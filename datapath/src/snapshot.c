@@ -93,6 +93,11 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 		}
 	}
 	port->join = join_of(port);
+	if (conf->packet) {
+		struct duty *duty = &snap->duties[conf->worker % workers];
+
+		duty->packet[duty->nr_packet++] = (struct packet_source){(struct xv_mcast *)(uintptr_t)conf->packet, index};
+	}
 	for (uint32_t i = 0; i < conf->nr_xsks; i++) {
 		struct duty *duty = &snap->duties[(conf->worker + i) % workers];
 
@@ -166,7 +171,8 @@ static int make_duties(struct snapshot *snap, const struct xv_snapshot_conf *con
 		duty->ctrl = calloc((size_t)conf->nr_guests + 1, sizeof(duty->ctrl[0]));
 		duty->xsk = calloc(xsks, sizeof(duty->xsk[0]));
 		duty->mcast = calloc((size_t)conf->nr_nics + 1, sizeof(duty->mcast[0]));
-		if (!duty->tx || !duty->ctrl || !duty->xsk || !duty->mcast)
+		duty->packet = calloc((size_t)conf->nr_guests + 1, sizeof(duty->packet[0]));
+		if (!duty->tx || !duty->ctrl || !duty->xsk || !duty->mcast || !duty->packet)
 			return -ENOMEM;
 	}
 	return 0;
@@ -216,6 +222,7 @@ void snapshot_free(struct snapshot *snap)
 		free(snap->duties[w].ctrl);
 		free(snap->duties[w].xsk);
 		free(snap->duties[w].mcast);
+		free(snap->duties[w].packet);
 	}
 	free(snap->ports);
 	free(snap->nics);

@@ -55,12 +55,18 @@ struct mcast_source {
 	uint32_t nic;
 };
 
+struct packet_source { /* where a guest's frames arrive without XDP */
+	struct xv_mcast *socket;
+	uint32_t port;
+};
+
 struct duty { /* of one worker */
 	struct tx_source *tx;
 	struct xsk_source *xsk;
 	struct ctrl_source *ctrl;
 	struct mcast_source *mcast;
-	uint32_t nr_tx, nr_xsk, nr_ctrl, nr_mcast;
+	struct packet_source *packet;
+	uint32_t nr_tx, nr_xsk, nr_ctrl, nr_mcast, nr_packet;
 };
 
 struct snapshot {

@@ -19,6 +19,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/epoll.h>
+#include <sys/resource.h>
 
 #include "ctrlq.h"
 #include "dp.h"
@@ -29,6 +30,8 @@
 #define PATIENCE_SHARE 8u
 #define EVENTS 64
 #define GATHER_NS 1000u
+#define CONTENTION_EVERY_US 100u
+#define CONTENTION_US 10000u
 #define RARP_BYTES 60u
 
 /* ---- one source, one burst; true when there was work ---- */
@@ -158,6 +161,30 @@ static bool poll_ctrl(struct worker *w, const struct ctrl_source *source)
 	return !guest_faulted(source->vring->guest) && ctrlq_poll(w, source);
 }
 
+/* Frames for one guest by a packet socket. Those that it has no buffers for wait, in the slots and in the socket. */
+static bool poll_packet(struct worker *w, const struct snapshot *snap, const struct packet_source *source)
+{
+	struct xv_mcast *socket = source->socket;
+	struct xv_vring *stalled = socket->stalled_on;
+	const struct xv_view *views[XV_BURST];
+	uint32_t done = 0;
+
+	if (likely(!stalled || !vring_usable(stalled) || vring_has_buffers(stalled))) {
+		stalled = NULL;
+		mcast_rx_burst(socket, &w->burst);
+		for (uint32_t i = 0; i < w->burst.nr; i++)
+			views[i] = &w->burst.views[i];
+		if (w->burst.nr)
+			done = switch_to_guest(snap, source->port, 0, views, w->burst.nr, &w->calls, &stalled);
+		mcast_rx_release(socket, done);
+		count(w->counters.packets, done);
+	}
+	socket->stalled_on = stalled;
+	if (unlikely(stalled))
+		w->rx_stalls |= stalled->kick.epfd != w->epfd;
+	return done;
+}
+
 static bool poll_mcast(struct worker *w, const struct snapshot *snap, const struct mcast_source *source)
 {
 	const struct origin from = {.port = NO_PORT, .nic = source->nic};
@@ -170,6 +197,7 @@ static bool poll_mcast(struct worker *w, const struct snapshot *snap, const stru
 	done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
 	if (stalled)
 		switch_drop_stalled(stalled, w->burst.nr - done);
+	mcast_rx_release(source->mcast, w->burst.nr);
 	count(w->counters.packets, w->burst.nr);
 	return true;
 }
@@ -273,6 +301,8 @@ bool worker_turn(struct worker *w, const struct snapshot *snap, bool all)
 		busy |= poll_tx(w, snap, &duty->tx[i]);
 	for (uint32_t i = 0; i < duty->nr_ctrl; i++)
 		busy |= poll_ctrl(w, &duty->ctrl[i]);
+	for (uint32_t i = 0; i < duty->nr_packet; i++)
+		busy |= poll_packet(w, snap, &duty->packet[i]);
 	/* a system call even when there is nothing: not in every turn */
 	if (unlikely(all || start >= w->mcast_due)) {
 		w->mcast_due = start + MCAST_EVERY_US * w->dp->cycles_per_us;
@@ -316,6 +346,9 @@ static void arm(const struct duty *duty)
 	for (uint32_t i = 0; i < duty->nr_xsk; i++)
 		if (duty->xsk[i].xsk->stalled_on)
 			vring_arm(duty->xsk[i].xsk->stalled_on);
+	for (uint32_t i = 0; i < duty->nr_packet; i++)
+		if (duty->packet[i].socket->stalled_on)
+			vring_arm(duty->packet[i].socket->stalled_on);
 	/* pairs with the driver's barrier between moving avail.idx and reading flags or avail_event (virtio 1.2, 2.7.13.4) */
 	full_barrier();
 }
@@ -388,6 +421,8 @@ static void adopt(struct worker *w, const struct snapshot *snap)
 		duty->tx[i].vring->stalled_on = NULL;
 	for (uint32_t i = 0; i < duty->nr_xsk; i++)
 		duty->xsk[i].xsk->stalled_on = NULL;
+	for (uint32_t i = 0; i < duty->nr_packet; i++)
+		duty->packet[i].socket->stalled_on = NULL;
 	w->requests_seen = load_acquire(&w->dp->requests) - 1; /* new rings may ask for an interrupt */
 	w->dirty.nr = 0;
 	for (uint32_t i = 0; i < snap->nr_nics; i++)
@@ -407,6 +442,25 @@ static void gather(const struct xv_dp *dp)
 
 	while (cycles_now() < until)
 		cpu_relax();
+}
+
+/*
+ * Whether somebody else wants this CPU, too: the kernel took it from this thread lately. Then polling without work takes
+ * it from a guest, or from whoever sends or receives what we move, and it is better to sleep at once.
+ */
+static bool contended(struct worker *w)
+{
+	uint64_t now = cycles_now(), us = w->dp->cycles_per_us;
+	struct rusage usage;
+
+	if (now >= w->contention_due) {
+		w->contention_due = now + CONTENTION_EVERY_US * us;
+		if (!getrusage(RUSAGE_THREAD, &usage) && usage.ru_nivcsw != w->preempted) {
+			w->preempted = usage.ru_nivcsw;
+			w->contended_until = now + CONTENTION_US * us;
+		}
+	}
+	return now < w->contended_until;
 }
 
 int xv_worker_run(struct xv_dp *dp, uint32_t index)
@@ -452,7 +506,7 @@ int xv_worker_run(struct xv_dp *dp, uint32_t index)
 		}
 		if (dp->conf.poll == XV_POLL_BUSY)
 			continue;
-		if (cycles_now() - w->last_work >= spin)
+		if (cycles_now() - w->last_work >= spin || contended(w))
 			sleep_until_work(w, snap);
 		else
 			cpu_relax();

@@ -297,6 +297,7 @@ struct world {
 	struct xv_dp *dp;
 	struct driver guests[3];
 	struct nic_side nic;
+	struct xv_mcast *packet; /* the first guest's frames come by it, too */
 	uint32_t nr_guests, mtu; /* mtu 0: 1500 */
 };
 
@@ -322,6 +323,7 @@ static inline void world_publish(struct world *w)
 			.rings = (uintptr_t)rings[i],
 			.nr_rings = ctrl ? 5 : 2,
 			.xsks = (uintptr_t)xsks,
+			.packet = i == 0 ? (uintptr_t)w->packet : 0,
 			.nr_xsks = i == 0, /* the NIC's frames are the first guest's */
 			.features = d->features,
 			.ctrl = ctrl ? 4 : XV_NO_RING,

@@ -30,6 +30,9 @@ class NoNic:
     def add_guest(self, slot: int, name: str, macs: Sequence[tuple[int, bytes]]) -> list[Any]:
         return []
 
+    def packet_socket(self, slot: int) -> None:
+        return None
+
     def steer(self, slot: int) -> None:
         pass
 
