@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -19,12 +20,14 @@ from support.frontend import (
     P_REPLY_ACK,
     GuestMemory,
     NetDevice,
+    Slot,
 )
 from xdpvhost.vhost.offered import COUNTED
 from xdpvhost.vhost.wire import Request
 
 from .conftest import Bench
 
+PAGE = 4096
 MEMORY_STEPS = P_MQ | P_REPLY_ACK | P_MEM_SLOTS
 
 
@@ -420,3 +423,30 @@ def test_device_is_reusable(bench: Bench) -> None:
             device.up(bases=[turn, turn])
             assert device.down() == [turn, turn]
         bench.idle()
+
+
+def test_offset_of_a_region_may_be_any(bench: Bench) -> None:
+    memory = GuestMemory(1 << 20)
+    with bench.connect() as front:
+        front.set_mem_table([Slot(0, 1000, 0, 123)], [memory.fd])
+        front.sync()
+        region = bench.port.memories[-1].regions[0]
+        assert (region.size, region.host % PAGE) == (1000, 123)
+    memory.close()
+    bench.idle()
+
+
+def test_only_the_region_is_mapped(bench: Bench) -> None:
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, 2**62)
+    try:
+        with bench.connect() as front:
+            front.set_mem_table([Slot(0, 2 * PAGE, 0, 2**62 - 3 * PAGE + 5)], [fd])
+            front.sync()
+            (region,) = bench.port.memories[-1].regions
+            places = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+            sizes = [int(end, 16) - int(start, 16) for start, end in places if int(start, 16) == region.host - 5]
+            assert sizes == [3 * PAGE]
+    finally:
+        os.close(fd)
+    bench.idle()

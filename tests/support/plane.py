@@ -62,6 +62,8 @@ class Plane:
         self.dp.start()
         self.loop.call(lambda: self.loop.loop.add_reader(self.dp.event_fd, self._event))
         self._stack.callback(self.loop.call, lambda: self.loop.loop.remove_reader(self.dp.event_fd))
+        self.loop.call(self._watch)
+        self._stack.callback(self.loop.call, self._unwatch)
         self.endpoints: dict[str, Endpoint] = {}
         self.faults: list[tuple[str, str]] = []
 
@@ -71,13 +73,13 @@ class Plane:
     def __exit__(self, _t: type[BaseException] | None, _e: BaseException | None, _tb: TracebackType | None) -> None:
         self._stack.close()
 
-    def guest(self, pairs: int = 1) -> GuestEntry:
+    def guest(self, pairs: int = 1, timeout: float = 10.0) -> GuestEntry:
         """Configures one more guest and serves its socket."""
         number = len(self.endpoints) + 1
         name = f"vm{number}"
         spec = GuestSpec(name, bytes((0x52, 0x54, 0, 0, 0, number)), pairs, self._directory / f"{name}.sock")
         entry = self.loop.call(lambda: self.switch.add_guest(spec))
-        endpoint = Endpoint(spec, entry)
+        endpoint = Endpoint(spec, entry, timeout)
         self.loop.call(endpoint.open)
         running: Future[None] = asyncio.run_coroutine_threadsafe(endpoint.run(), self.loop.loop)
         self.endpoints[name] = endpoint
@@ -87,6 +89,14 @@ class Plane:
     def _end(self, endpoint: Endpoint, running: Future[None]) -> None:
         asyncio.run_coroutine_threadsafe(endpoint.close(), self.loop.loop).result(10)
         running.result(10)
+
+    def _watch(self) -> None:
+        """As the daemon does it, ten times a second."""
+        self.dp.watchdog()
+        self._watchdog = self.loop.loop.call_later(0.1, self._watch)
+
+    def _unwatch(self) -> None:
+        self._watchdog.cancel()
 
     def _event(self) -> None:
         """As the daemon does it: a guest that the data plane gave up loses its connection."""
