@@ -112,8 +112,7 @@ class GuestEntry:
         pass
 
     def reset_state(self) -> None:
-        if not self.port.fault.code:
-            self.port.reset()
+        self.port.reset_ctrl()
 
     def announce(self, mac: bytes) -> None:
         self.port.announce(mac)
