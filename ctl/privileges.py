@@ -25,17 +25,21 @@ CLEAN: tuple[tuple[str, ...], ...] = (("CAP_NET_ADMIN",), *LEFTOVER)
 
 
 def effective() -> frozenset[str]:
-    """The names, out of CAPABILITIES, in this process's effective set."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    """The names, out of CAPABILITIES, in the calling thread's effective set."""
+    for line in Path("/proc/thread-self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             mask = int(line.split()[1], 16)
             return frozenset(name for name, bit in CAPABILITIES.items() if mask >> bit & 1)
     return frozenset()
 
 
+def missing(needs: Sequence[Sequence[str]], have: frozenset[str] | None = None) -> list[str]:
+    """What of `needs` this process lacks, as people say it. `have` defaults to the effective set."""
+    present = effective() if have is None else have
+    return [" or ".join(row) for row in needs if not present.intersection(row)]
+
+
 def require(command: str, needs: Sequence[Sequence[str]], have: frozenset[str] | None = None) -> None:
     """Raise PrivilegeError naming what `command` lacks. `have` defaults to the effective set."""
-    present = effective() if have is None else have
-    missing = [" or ".join(row) for row in needs if not present.intersection(row)]
-    if missing:
-        raise PrivilegeError(f"`xdpvhost {command}` lacks {', '.join(missing)}; run it as root or with sudo")
+    if lacking := missing(needs, have):
+        raise PrivilegeError(f"`xdpvhost {command}` lacks {', '.join(lacking)}; run it as root or with sudo")

@@ -13,11 +13,11 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .. import privileges
 from ..links import ethtool
 from ..links.netdev import XdpFeatures, xdp_features
 from ..links.netlink import Link, get_link
 from ..links.nicprep import VLAN_PARSING
-from . import capabilities
 from .libbpf import BpfObject, attach_replacement, captured_log
 from .maps import MAX_QUEUES
 from .program import OBJECT, PROGRAM, attached, bpffs
@@ -58,7 +58,7 @@ def probe(iface: str) -> list[Feature]:
 
 
 def _capabilities() -> Feature:
-    missing = capabilities.missing()
+    missing = privileges.missing(privileges.UP)
     detail = f"missing {', '.join(missing)}" if missing else "all that are needed"
     return Feature("capabilities", not missing, detail, "run as root" if missing else "", required=True)
 

@@ -35,6 +35,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
+from .. import privileges
 from ..datapath import NICQ_PARTIAL_CSUM, NICQ_SG, Datapath, Mcast, Nicq, NicqConf, Xsk
 from ..errors import NicError
 from ..links import ethtool
@@ -42,7 +43,6 @@ from ..links.journal import Entry, Journal
 from ..links.netlink import Link, device_mtu, get_link, link_name
 from ..links.nicprep import AddressFilter, NicPrep
 from . import gsosock, libxdp
-from .capabilities import require
 from .maps import MAX_QUEUES, MAX_SLOTS, SteerMaps
 from .packet import GROUPS, PacketSocket, addressed_to
 from .program import PROGRAM, SteerProgram, refuse_occupied
@@ -130,7 +130,7 @@ class Nic:
 
         Raises NicError or PrivilegeError, and then the NIC is as it was.
         """
-        require()
+        privileges.require("up", privileges.UP)
         libxdp.refuse_missing()
         lift_memlock_limit()
         nic = cls(options, get_link(options.iface), dp)

@@ -21,12 +21,13 @@ from support.fake_datapath import FakeDatapath, FakeMcast, FakeNicq, FakeXsk
 from support.frames import PacketSocket, mac_bytes, udp_frame
 from support.netns import Namespace, World
 from support.process import run, wait_for
+from xdpvhost import privileges
 from xdpvhost.errors import NicError, PrivilegeError
 from xdpvhost.links.journal import Journal
 from xdpvhost.links.nicprep import ADOPTED, AddressFilter, adoptable, prepare
 from xdpvhost.links.undo import handlers
 from xdpvhost.rundir import InterfaceLock
-from xdpvhost.xdp import capabilities, program, xsk
+from xdpvhost.xdp import program, xsk
 from xdpvhost.xdp.features import probe
 from xdpvhost.xdp.libbpf import BpfObject, xdp_state
 from xdpvhost.xdp.maps import MAX_SLOTS, VLAN_ANY
@@ -597,10 +598,10 @@ def test_a_queue_that_is_taken(pair: Pair) -> None:
 
 
 def test_missing_capabilities(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capabilities, "effective", lambda: frozenset({"CAP_NET_ADMIN", "CAP_SYS_ADMIN"}))
-    refused(pair, "missing CAP_NET_RAW: run as root", PrivilegeError)
-    monkeypatch.setattr(capabilities, "effective", lambda: frozenset({"CAP_NET_RAW"}))
-    refused(pair, "missing CAP_NET_ADMIN, CAP_BPF", PrivilegeError)
+    monkeypatch.setattr(privileges, "effective", lambda: frozenset({"CAP_NET_ADMIN", "CAP_SYS_ADMIN"}))
+    refused(pair, "lacks CAP_NET_RAW; run it as root", PrivilegeError)
+    monkeypatch.setattr(privileges, "effective", lambda: frozenset({"CAP_NET_RAW"}))
+    refused(pair, "lacks CAP_NET_ADMIN, CAP_BPF or CAP_SYS_ADMIN", PrivilegeError)
 
 
 def test_slots(pair: Pair) -> None:
