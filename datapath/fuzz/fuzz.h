@@ -684,4 +684,36 @@ static inline uint64_t in_table(struct input *in)
 	return how & 1 ? data_at[how >> 1 & 3].gpa + (how >> 3) * 16u : 0;
 }
 
+/* ---- what every ring fuzzer has ---- */
+
+/* From case 8 of a fuzzer's switch on: turns of the worker, a ping, the ring switched off or on, the guest gone and back. */
+static inline void op_common(uint8_t op, const struct ring *r)
+{
+	switch (op % 12) {
+	case 8:
+		f.dp->cycles_per_us = op & 0x80 ? HUGE_PATIENCE : 0;
+		turn();
+		break;
+	case 9:
+		ping();
+		break;
+	case 10:
+		xv_vring_set_enabled(r->vr, op & 0x80);
+		break;
+	default:
+		if (op & 0x80)
+			hostile_restart();
+		else
+			settle();
+	}
+}
+
+int LLVMFuzzerInitialize(int *argc, char ***argv)
+{
+	(void)argc;
+	(void)argv;
+	fuzz_init();
+	return 0;
+}
+
 #endif

@@ -163,26 +163,9 @@ static void act(struct input *in)
 	case 7:
 		op_command(in);
 		break;
-	case 8:
-		turn();
-		break;
-	case 9:
-		ping();
-		break;
 	default:
-		if (op & 0x80)
-			hostile_restart();
-		else
-			settle();
+		op_common(op, r);
 	}
-}
-
-int LLVMFuzzerInitialize(int *argc, char ***argv)
-{
-	(void)argc;
-	(void)argv;
-	fuzz_init();
-	return 0;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

@@ -66,14 +66,6 @@ static void translate(const struct xv_mem *mem, uint32_t n, uint64_t addr, uint3
 	CHECK_EQ((uintptr_t)mem_at_user(mem, addr, len), user);
 }
 
-int LLVMFuzzerInitialize(int *argc, char ***argv)
-{
-	(void)argc;
-	(void)argv;
-	CHECK_EQ(xv_guest_new(1, &guest), 0);
-	return 0;
-}
-
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	struct input in = {data, size};
@@ -82,6 +74,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	struct xv_mem *mem;
 	int result;
 
+	if (!guest)
+		CHECK_EQ(xv_guest_new(1, &guest), 0);
 	for (uint32_t i = 0; i < n; i++) {
 		struct xv_region *r = &regions[i];
 

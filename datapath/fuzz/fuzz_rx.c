@@ -236,30 +236,9 @@ static void act(struct input *in)
 	case 7:
 		op_frame(in);
 		break;
-	case 8:
-		f.dp->cycles_per_us = op & 0x80 ? HUGE_PATIENCE : 0;
-		turn();
-		break;
-	case 9:
-		ping();
-		break;
-	case 10:
-		xv_vring_set_enabled(r->vr, op & 0x80);
-		break;
 	default:
-		if (op & 0x80)
-			hostile_restart();
-		else
-			settle();
+		op_common(op, r);
 	}
-}
-
-int LLVMFuzzerInitialize(int *argc, char ***argv)
-{
-	(void)argc;
-	(void)argv;
-	fuzz_init();
-	return 0;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
