@@ -18,11 +18,13 @@ SocketMode = Literal["server", "client"]
 PollMode = Literal["adaptive", "busy", "interrupt"]
 XdpMode = Literal["auto", "native", "generic", "none"]
 BindMode = Literal["auto", "zerocopy", "copy"]
+MacChange = Literal["deny", "allow"]
 
 SOCKET_MODES: tuple[str, ...] = get_args(SocketMode)
 POLL_CHOICES: tuple[str, ...] = get_args(PollMode)
 XDP_CHOICES: tuple[str, ...] = get_args(XdpMode)
 BIND_CHOICES: tuple[str, ...] = get_args(BindMode)
+MAC_CHANGES: tuple[str, ...] = get_args(MacChange)
 
 DEFAULT_RUN_DIR = Path("/run/xdpvhost")
 DEFAULT_METRICS = "127.0.0.1:9477"
@@ -34,8 +36,8 @@ MAX_SOCKET_PATH = 107  # sizeof(sun_path) is 108 with the terminating NUL: unix(
 API_SOCKET = "api.sock"
 RESERVED_NAMES = frozenset({"api"})  # RUN_DIR/api.sock is the daemon's own
 
-SPEC_KEYS = ("name", "mac", "queues", "socket", "socket-mode")
-SPEC_SYNTAX = "name=NAME,mac=MAC[,queues=N][,socket=PATH][,socket-mode=server|client]"
+SPEC_KEYS = ("name", "mac", "queues", "socket", "socket-mode", "mac-change")
+SPEC_SYNTAX = "name=NAME,mac=MAC[,queues=N][,socket=PATH][,socket-mode=server|client][,mac-change=deny|allow]"
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(?P<sep>[:-])[0-9A-Fa-f]{2}(?:(?P=sep)[0-9A-Fa-f]{2}){4}")
@@ -46,6 +48,7 @@ class GuestSpec:
     """One guest as configured: `mac` is 6 bytes, `queues` counts queue pairs, `socket` is absolute.
 
     `socket_mode` says what xdpvhost does with the socket: "server" listens there, "client" connects to it.
+    `mac_change` says whether the guest may listen to other unicast addresses than `mac`.
     """
 
     name: str
@@ -53,6 +56,7 @@ class GuestSpec:
     queues: int
     socket: Path
     socket_mode: SocketMode = "server"
+    mac_change: MacChange = "deny"
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,9 @@ def parse_guest(text: str, run_dir: Path = DEFAULT_RUN_DIR) -> GuestSpec:
         socket_mode = "client"
     else:
         raise ConfigError(f"{what}: socket-mode={mode} is unknown; use {' or '.join(SOCKET_MODES)}")
+    change = values.get("mac-change", "deny")
+    if change not in MAC_CHANGES:
+        raise ConfigError(f"{what}: mac-change={change} is unknown; use {' or '.join(MAC_CHANGES)}")
     given = values.get("socket")
     socket = Path(given).absolute() if given else run_dir.absolute() / f"{name}.sock"
     return GuestSpec(
@@ -136,6 +143,7 @@ def parse_guest(text: str, run_dir: Path = DEFAULT_RUN_DIR) -> GuestSpec:
         queues=_parse_queues(values.get("queues", "1"), what),
         socket=check_socket(socket, what),
         socket_mode=socket_mode,
+        mac_change="allow" if change == "allow" else "deny",
     )
 
 
@@ -144,7 +152,7 @@ def format_guest(spec: GuestSpec) -> str:
     return (
         f"name={spec.name},mac={format_mac(spec.mac)},queues={spec.queues},socket={spec.socket},"
         f"socket-mode={spec.socket_mode}"
-    )
+    ) + (",mac-change=allow" if spec.mac_change == "allow" else "")
 
 
 def check_name(name: str, what: str) -> str:
@@ -192,15 +200,6 @@ def check_new_guest(spec: GuestSpec, others: Iterable[GuestSpec]) -> None:
             raise ConfigError(
                 f"guest {spec.name!r}: socket path {spec.socket} is in use by guest {other.name!r}; give each its own"
             )
-
-
-def check_guest_queues(spec: GuestSpec, iface: str, nic_queues: int) -> None:
-    """Raise ConfigError when the guest wants more queue pairs than the NIC has queues."""
-    if spec.queues > nic_queues:
-        raise ConfigError(
-            f"guest {spec.name!r}: queues={spec.queues}, but {iface} has {nic_queues}; give queues={nic_queues} or "
-            f"fewer, or raise the NIC's with `ethtool -L {iface} combined {spec.queues}`"
-        )
 
 
 def parse_guests(texts: Sequence[str], run_dir: Path) -> tuple[GuestSpec, ...]:

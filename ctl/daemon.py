@@ -33,7 +33,6 @@ from .api import ApiServer, Handler, Params, text_param
 from .config import (
     GuestSpec,
     UpConfig,
-    check_guest_queues,
     check_new_guest,
     format_guest,
     format_mac,
@@ -48,7 +47,7 @@ from .metrics.endpoint import Endpoint as MetricsEndpoint
 from .metrics.samples import Counters, Sample
 from .notify import notify
 from .rundir import InterfaceLock, RunDir, remove_stale_sockets
-from .switch import Switch
+from .switch import MAX_PAIRS_WITH_CTRL, Switch
 from .vhost.endpoint import Endpoint
 from .virtio import feature_names
 from .xdp.nic import Nic, NicOptions
@@ -175,7 +174,6 @@ class Daemon:
     def _add_guest(self, spec: GuestSpec) -> GuestEntry:
         nic = self._switch.nics[0]
         check_new_guest(spec, (entry.spec for entry in self._switch.guests.values()))
-        check_guest_queues(spec, nic.iface, nic.nr_queues)
         with self._counters.lock:
             entry = self._switch.add_guest(spec)
         endpoint = Endpoint(spec, entry)
@@ -185,9 +183,21 @@ class Daemon:
             with self._counters.lock:
                 self._switch.remove_guest(spec.name)
             raise
+        entry.config_changed = endpoint.config_changed
         task = asyncio.get_running_loop().create_task(self._serve(spec.name, endpoint), name=f"guest {spec.name}")
         self._serving[spec.name] = endpoint, task
         log.info("guest %r: %s, queue pairs %d, socket %s (%s)", *_spec_words(spec))
+        if spec.queues > nic.nr_queues:
+            log.info(
+                "guest %r: frames from %s, which has %d queues, arrive in its first %d pairs, unless it sets up RSS",
+                spec.name, nic.iface, nic.nr_queues, nic.nr_queues,
+            )  # fmt: skip
+        if spec.queues > MAX_PAIRS_WITH_CTRL:
+            log.warning(
+                "guest %r: with %d queue pairs its front-end must serve the control virtqueue itself, as QEMU does; "
+                "for one that leaves it to xdpvhost, as User-Mode Linux does, give it %d at most",
+                spec.name, spec.queues, MAX_PAIRS_WITH_CTRL,
+            )  # fmt: skip
         return entry
 
     async def _serve(self, name: str, endpoint: Endpoint) -> None:
@@ -229,6 +239,12 @@ class Daemon:
             if serving is not None:
                 blocked = entry.port.fault.code == FAULT_CALL_BLOCKED
                 serving[0].disconnect(why, BLOCKED_HOLD_OFF if blocked else 0.0)
+        self._serve_guest_requests()
+
+    def _serve_guest_requests(self) -> None:
+        delay = self._switch.serve_requests()
+        if delay is not None:
+            asyncio.get_running_loop().call_later(delay, self._serve_guest_requests)
 
     async def _watchdog(self) -> None:
         while True:
@@ -240,6 +256,7 @@ class Daemon:
             await asyncio.sleep(DEVICE_PERIOD)
             try:
                 self._switch.follow_mtus()
+                self._switch.follow_links()
             except XdpvhostError as exc:
                 log.error("interface %s: %s", self._config.iface, exc)
 
@@ -338,6 +355,7 @@ def describe_guest(entry: GuestEntry) -> dict[str, Any]:
         "name": spec.name,
         "slot": entry.slot,
         "mac": format_mac(spec.mac),
+        "listens_to": sorted(map(format_mac, entry.listens_to)),
         "queues": spec.queues,
         "socket": str(spec.socket),
         "socket_mode": spec.socket_mode,

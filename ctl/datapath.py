@@ -294,6 +294,7 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "xv_guest_set_mac": (None, (c_void_p, c_char_p)),
     "xv_guest_reset": (None, (c_void_p,)),
     "xv_guest_reset_ctrl": (None, (c_void_p,)),
+    "xv_guest_mac_asks": (c_int32, (c_void_p,)),
     "xv_guest_mac_request": (c_int32, (c_void_p, POINTER(MacRequestConf))),
     "xv_guest_mac_answer": (c_int32, (c_void_p, c_int32)),
     "xv_guest_announce": (None, (c_void_p, c_char_p)),
@@ -480,6 +481,10 @@ class GuestPort(_Native):
     def reset_ctrl(self) -> None:
         """Forget what it set through its control virtqueue: a new driver begins. No ring may be published."""
         library().xv_guest_reset_ctrl(self.handle)
+
+    @property
+    def asks_for_addresses(self) -> bool:
+        return bool(library().xv_guest_mac_asks(self.handle))
 
     def asked_addresses(self) -> Addresses | None:
         """What the guest asks to listen to, once; it waits for answer_addresses() then."""

@@ -14,15 +14,32 @@ A `GuestEntry` is what a guest's vhost-user session sees of all this (ctl/vhost/
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from . import datapath
-from .datapath import VLAN_ANY, Datapath, GuestPort, GuestState, MacEntry, Mcast, Memory, NicState, Region, Vring, Xsk
+from .addresses import check_addresses
+from .config import format_mac
+from .datapath import (
+    VLAN_ANY,
+    Addresses,
+    Datapath,
+    GuestPort,
+    GuestState,
+    MacEntry,
+    Mcast,
+    Memory,
+    NicState,
+    Region,
+    Vring,
+    Xsk,
+)
 from .errors import ConfigError, XdpvhostError
 from .vhost.errors import ProtocolError, Violation
+from .vhost.wire import DUPLEX_UNKNOWN, SPEED_UNKNOWN, NetState
 from .xdp.maps import MAX_SLOTS
 
 if TYPE_CHECKING:
@@ -32,6 +49,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 F_MTU, F_MAC, F_STATUS, F_MQ, F_LOG_ALL, F_PROTOCOL_FEATURES = (1 << bit for bit in (3, 5, 16, 22, 26, 30))
+F_GUEST_ANNOUNCE = 1 << 21
+F_SPEED_DUPLEX = 1 << 63
+# CTRL_GUEST_OFFLOADS, CTRL_VQ, CTRL_RX, CTRL_VLAN, CTRL_RX_EXTRA, CTRL_MAC_ADDR, HASH_REPORT, RSS
+NEEDS_OUR_CTRL_VQ = sum(1 << bit for bit in (2, 17, 18, 19, 20, 23, 57, 60))
+MAX_PAIRS_WITH_CTRL = 127  # SET_VRING_KICK and _CALL have 8 bits for a ring's index, and its would be 256
+REQUEST_PERIOD = 0.02  # seconds between two changes of addresses that a guest may ask for
 
 
 class GuestEntry:
@@ -54,6 +77,10 @@ class GuestEntry:
         self.rings: Mapping[int, Vring] = {}
         self.ctrl: int | None = None
         self._fault_seen = False
+        self.addresses = Addresses(spec.mac)
+        self.next_request = 0.0  # when it may ask for other addresses again
+        self.config_changed: Callable[[], None] = _nobody_to_tell
+        self._announced: int | None = None  # acknowledgements there were when an announcement was asked for
 
     @property
     def name(self) -> str:
@@ -65,7 +92,22 @@ class GuestEntry:
 
     @property
     def mac(self) -> bytes:
-        return self.spec.mac
+        return self.addresses.mac
+
+    @property
+    def listens_to(self) -> set[bytes]:
+        """Every address that is steered to it: its SPEC's, too, while it has another."""
+        return {self.spec.mac, *self.addresses.all}
+
+    @property
+    def net_state(self) -> NetState:
+        link = self.nic.link
+        return NetState(
+            link_up=link.up,
+            announce=self._announced is not None and self._announced == self.port.ctrl.announced,
+            speed=SPEED_UNKNOWN if link.speed is None else link.speed,
+            duplex=DUPLEX_UNKNOWN if link.full_duplex is None else int(link.full_duplex),
+        )
 
     @property
     def mtu(self) -> int:
@@ -78,7 +120,9 @@ class GuestEntry:
 
     @property
     def device_features(self) -> int:
-        offered = datapath.features() | F_MTU | F_MAC | F_STATUS | F_LOG_ALL | F_PROTOCOL_FEATURES
+        offered = datapath.features() | F_MTU | F_MAC | F_STATUS | F_LOG_ALL | F_PROTOCOL_FEATURES | F_SPEED_DUPLEX
+        if self.max_pairs > MAX_PAIRS_WITH_CTRL:
+            offered &= ~NEEDS_OUR_CTRL_VQ
         return offered if self.max_pairs > 1 else offered & ~F_MQ
 
     def memory(self, regions: Sequence[Region]) -> Memory:
@@ -101,6 +145,10 @@ class GuestEntry:
         except XdpvhostError:
             self.features, self.rings, self.ctrl = before
             raise
+        if ctrl is not None and before[2] is None and features & F_GUEST_ANNOUNCE and self.port.ctrl.adopted:
+            # it came from elsewhere, or from our predecessor: the network has to learn where it is now
+            self._announced = self.port.ctrl.announced
+            self.config_changed()
 
     def quiesce(self) -> None:
         self._switch.dp.quiesce()
@@ -112,6 +160,8 @@ class GuestEntry:
         pass
 
     def reset_state(self) -> None:
+        self._announced = None
+        self._switch.listen_to(self, Addresses(self.spec.mac))
         self.port.reset_ctrl()
 
     def announce(self, mac: bytes) -> None:
@@ -119,6 +169,11 @@ class GuestEntry:
 
     def attached(self, up: bool) -> None:
         self.connected = up
+        self._announced = None
+        try:
+            self._switch.listen_to(self, Addresses(self.spec.mac))
+        except XdpvhostError as exc:
+            log.error("guest %r: keeps the addresses that it asked for: %s", self.name, exc)
         if up:
             self.sessions += 1
             self.port.reset()
@@ -142,6 +197,15 @@ class GuestEntry:
         return datapath.fault_name(code) + ring
 
 
+def _nobody_to_tell() -> None:
+    pass
+
+
+def _steering(macs: Iterable[bytes]) -> list[tuple[int, bytes]]:
+    """Untagged frames, and those of any VLAN."""
+    return [(vlan, mac) for mac in sorted(macs) for vlan in (0, VLAN_ANY)]
+
+
 class Switch:
     """The guests and NICs of one daemon. For the control thread only."""
 
@@ -160,11 +224,16 @@ class Switch:
         """Make a guest's port and sockets and steer its frames there. On XdpvhostError nothing has changed."""
         if spec.name in self.guests:
             raise ConfigError(f"guest {spec.name!r} exists already; remove it first, or choose another name")
+        for other in self.guests.values():
+            if spec.mac in other.listens_to:
+                raise ConfigError(
+                    f"guest {spec.name!r}: guest {other.name!r} listens to {format_mac(spec.mac)}; give each its own"
+                )
         nic = self.nics[nic_index]
         slot = self._free_slot()
         entry = GuestEntry(self, slot, spec, nic, self.dp.guest(spec.name, spec.queues, spec.mac))
         try:
-            entry.xsks = nic.add_guest(slot, spec.name, [(0, spec.mac), (VLAN_ANY, spec.mac)])
+            entry.xsks = nic.add_guest(slot, spec.name, _steering([spec.mac]))
             entry.packet = nic.packet_socket(slot)
             self.guests[spec.name] = entry
             self.publish()
@@ -201,7 +270,7 @@ class Switch:
         guests: list[GuestState] = []
         macs: list[MacEntry] = []
         for entry in self.guests.values():
-            macs += [MacEntry(entry.mac, vlan, len(guests)) for vlan in (0, VLAN_ANY)]
+            macs += [MacEntry(mac, vlan, len(guests)) for vlan, mac in _steering(entry.listens_to)]
             guests.append(
                 GuestState(
                     port=entry.port,
@@ -217,6 +286,60 @@ class Switch:
             )
         nics = [NicState(nic.queues, nic.mcast, nic.mtu) for nic in self.nics]
         self.dp.publish(guests, nics, macs)
+
+    # ---- what guests ask for
+
+    def serve_requests(self) -> float | None:
+        """Answer guests that ask for other addresses; seconds until the next one's turn, None when nobody waits."""
+        now = time.monotonic()
+        soonest: float | None = None
+        for entry in list(self.guests.values()):
+            if not entry.port.asks_for_addresses:
+                continue
+            if entry.next_request > now:
+                soonest = min(soonest or entry.next_request, entry.next_request)
+                continue
+            entry.next_request = now + REQUEST_PERIOD
+            self._serve_request(entry)
+        return None if soonest is None else soonest - now
+
+    def _serve_request(self, entry: GuestEntry) -> None:
+        wanted, before = entry.port.asked_addresses(), entry.addresses
+        if wanted is None:
+            return
+        try:
+            check_addresses(entry, wanted, [other for other in self.guests.values() if other is not entry])
+            self.listen_to(entry, wanted)
+        except XdpvhostError as exc:
+            log.warning("guest %r: refused another address: %s", entry.name, exc)
+            entry.port.answer_addresses(False)
+            return
+        if entry.port.answer_addresses(True):
+            log.info("guest %r: listens to %s", entry.name, ", ".join(map(format_mac, sorted(entry.listens_to))))
+        else:
+            self.listen_to(entry, before)
+
+    def listen_to(self, entry: GuestEntry, addresses: Addresses) -> None:
+        """Steer these addresses, and its SPEC's, to a guest. Raises XdpvhostError, and then nothing has changed."""
+        before, kept = entry.addresses, entry.listens_to
+        if addresses == before:
+            return
+        entry.nic.set_macs(entry.slot, _steering(kept | set(addresses.all)))
+        entry.addresses = addresses
+        try:
+            self.publish()
+        except BaseException:
+            entry.addresses = before
+            entry.nic.set_macs(entry.slot, _steering(kept))
+            raise
+        entry.nic.set_macs(entry.slot, _steering(entry.listens_to))
+
+    def follow_links(self) -> None:
+        """Tell the guests of NICs whose carrier or speed has changed."""
+        changed = [nic for nic in self.nics if nic.follow_link()]
+        for entry in self.guests.values():
+            if entry.nic in changed:
+                entry.config_changed()
 
     def follow_mtus(self) -> None:
         """Devices whose MTU has changed: what guests may send from now on. Raises XdpvhostError."""

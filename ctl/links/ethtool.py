@@ -20,6 +20,8 @@ from ..errors import NicError, PrivilegeError
 from .netlink import Link
 
 SIOCETHTOOL = 0x8946
+SIOCGIFFLAGS = 0x8913
+IFF_RUNNING = 0x40
 ETHTOOL_GDRVINFO = 3
 
 
@@ -53,6 +55,15 @@ class Channels:
         return max(self.max_rx, self.max_combined)
 
 
+@dataclass(frozen=True)
+class LinkState:
+    """Carrier, speed in Mb/s and duplex; None and the like where the driver doesn't say."""
+
+    up: bool = True
+    speed: int | None = None
+    full_duplex: bool | None = None
+
+
 @contextmanager
 def _ethtool(iface: str) -> Iterator[IoctlEthtool]:
     tool = IoctlEthtool(iface)
@@ -74,6 +85,21 @@ def driver(iface: str) -> str | None:
         except OSError:
             return None
     return info.raw[4:36].split(b"\0")[0].decode(errors="replace") or None
+
+
+def link_state(iface: str) -> LinkState:
+    """As it is now; up when the device is gone, for that is another matter."""
+    up = True
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        answer = fcntl.ioctl(probe, SIOCGIFFLAGS, struct.pack("16sH22x", os.fsencode(iface), 0))
+        up = bool(struct.unpack_from("=H", answer, 16)[0] & IFF_RUNNING)
+    try:
+        with _ethtool(iface) as tool:
+            found = tool.get_link_settings()
+    except (NicError, NotSupportedError, OSError):
+        return LinkState(up)
+    speed = int(found.speed)
+    return LinkState(up, speed if 0 < speed < 0x7FFFFFFF else None, {0: False, 1: True}.get(int(found.duplex)))
 
 
 def features(iface: str) -> dict[str, Feature]:

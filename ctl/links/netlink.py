@@ -110,6 +110,16 @@ def get_link(name: str) -> Link:
     )
 
 
+def local_addresses() -> set[bytes]:
+    """The hardware addresses of all devices in this network namespace."""
+
+    def get() -> list[str | None]:
+        with IPRoute() as ip:
+            return [message.get_attr("IFLA_ADDRESS") for message in ip.get_links()]
+
+    return {bytes.fromhex(address.replace(":", "")) for address in outside_loop(get) if address}
+
+
 def link_name(index: int) -> str | None:
     """The name that a device has now; None when it is gone."""
     with suppress(OSError):

@@ -44,6 +44,8 @@ from .wire import (
     RING_NO_FD,
     U64,
     VIRTIO_F_RING_PACKED,
+    VIRTIO_NET_F_HASH_REPORT,
+    VIRTIO_NET_F_RSS,
     BackendRequest,
     Config,
     DeviceState,
@@ -137,8 +139,8 @@ class VhostUserDevice:
         close_fd(self._backend_channel)
 
     def config_changed(self) -> None:
-        """Tells the front-end to read the configuration space again, if it gave a channel for that."""
-        if self._backend_channel is not None:
+        """Tells the front-end to read the configuration space again, if it reads ours and gave a channel for that."""
+        if self._backend_channel is not None and ProtocolFeature.CONFIG in self._protocol_features:
             send_notice(self._backend_channel, message(BackendRequest.CONFIG_CHANGE_MSG))
 
     @property
@@ -206,6 +208,8 @@ class VhostUserDevice:
     def _set_features(self, payload: U64, _fds: FdBag) -> None:
         if extra := payload.value & ~self._port.device_features:
             raise ProtocolError(Violation.VALUE, f"features {extra:#x} were not offered")
+        if self._features_set and all(ring.vring is None for ring in self._rings):
+            self._port.reset_state()  # another driver begins, which expects what a reset leaves
         if self._features_set and payload.value == self._rings.features:
             return
         if (payload.value ^ self._rings.features) & VIRTIO_F_RING_PACKED:
@@ -467,7 +471,9 @@ class VhostUserDevice:
         size = len(payload.data)
         if payload.offset + size > MAX_CONFIG:
             return b""
-        space = net_config(self._port.mac, self._port.max_pairs, self._mtu).ljust(MAX_CONFIG, b"\0")
+        port = self._port
+        rss = bool(port.device_features & (VIRTIO_NET_F_RSS | VIRTIO_NET_F_HASH_REPORT))
+        space = net_config(port.mac, port.max_pairs, self._mtu, port.net_state, rss).ljust(MAX_CONFIG, b"\0")
         return Config(payload.offset, payload.flags, space[payload.offset : payload.offset + size]).pack()
 
     def _set_config(self, _payload: Config, _fds: FdBag) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ..datapath import Memory, Region, Vring
 from .errors import ProtocolError
+from .wire import NetState
 
 __all__ = ["DevicePort", "EndpointSpec", "Memory", "Region", "Vring"]
 
@@ -29,6 +30,10 @@ class DevicePort(Protocol):
     @property
     def device_features(self) -> int:
         """Virtio features to offer, with VHOST_USER_F_PROTOCOL_FEATURES."""
+
+    @property
+    def net_state(self) -> NetState:
+        """Link and announcement, for the configuration space."""
 
     def memory(self, regions: Sequence[Region]) -> Memory: ...
 

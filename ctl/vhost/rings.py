@@ -43,7 +43,7 @@ from .errors import ProtocolError, Violation
 from .fds import Fd, close_fd
 from .port import DevicePort, Memory, Vring
 from .shared import DirtyLog, InflightRegion
-from .wire import F_LOG_ALL, VIRTIO_F_RING_PACKED, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ, VringAddr
+from .wire import F_LOG_ALL, VIRTIO_F_RING_PACKED, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ, VIRTIO_NET_F_RSS, VringAddr
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Rings:
         """Which ring is the control virtqueue, should the front-end leave it to us (virtio 1.2, 5.1.2)."""
         if not self.features & VIRTIO_NET_F_CTRL_VQ:
             return None
-        return 2 * self._port.max_pairs if self.features & VIRTIO_NET_F_MQ else 2
+        return 2 * self._port.max_pairs if self.features & (VIRTIO_NET_F_MQ | VIRTIO_NET_F_RSS) else 2
 
     def publish(self, without: Collection[Ring] = ()) -> None:
         """Shows the data plane the rings that it has, less those in `without`.

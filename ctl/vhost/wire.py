@@ -128,14 +128,27 @@ class ProtocolFeature(IntFlag):
 
 VIRTIO_NET_F_CTRL_VQ = 1 << 17
 VIRTIO_NET_F_MQ = 1 << 22
+VIRTIO_NET_F_HASH_REPORT = 1 << 57
+VIRTIO_NET_F_RSS = 1 << 60
 F_LOG_ALL = 1 << 26
 F_PROTOCOL_FEATURES = 1 << 30
 VIRTIO_F_RING_PACKED = 1 << 34
 
-NET_S_LINK_UP = 1
+NET_S_LINK_UP, NET_S_ANNOUNCE = 1, 2
 SPEED_UNKNOWN = 0xFFFFFFFF
 DUPLEX_UNKNOWN = 0xFF
 NET_CONFIG = struct.Struct("=6sHHHIBBHI")  # struct virtio_net_config, virtio 1.2, 5.1.4
+RSS_KEY_SIZE, RSS_TABLE_LENGTH, RSS_HASH_TYPES = 40, 128, 0x1FF  # datapath/src/rss.h
+
+
+@dataclass(frozen=True, slots=True)
+class NetState:
+    """What of the configuration space may change while the device is in use."""
+
+    link_up: bool = True
+    announce: bool = False
+    speed: int = SPEED_UNKNOWN  # Mb/s
+    duplex: int = DUPLEX_UNKNOWN  # 0 half, 1 full
 
 
 def request_name(number: int) -> str:
@@ -494,7 +507,8 @@ def reply(request: int, payload: bytes) -> bytes:
     return message(request, payload, VERSION | FLAG_REPLY)
 
 
-def net_config(mac: bytes, max_pairs: int, mtu: int, link_up: bool = True) -> bytes:
-    """struct virtio_net_config with unknown speed and duplex and no RSS."""
-    status = NET_S_LINK_UP if link_up else 0
-    return NET_CONFIG.pack(mac, status, max_pairs, mtu, SPEED_UNKNOWN, DUPLEX_UNKNOWN, 0, 0, 0)
+def net_config(mac: bytes, max_pairs: int, mtu: int, state: NetState, rss: bool = False) -> bytes:
+    """struct virtio_net_config; `rss`: VIRTIO_NET_F_RSS or _HASH_REPORT is offered."""
+    status = (NET_S_LINK_UP if state.link_up else 0) | (NET_S_ANNOUNCE if state.announce else 0)
+    limits = (RSS_KEY_SIZE, RSS_TABLE_LENGTH, RSS_HASH_TYPES) if rss else (0, 0, 0)
+    return NET_CONFIG.pack(mac, status, max_pairs, mtu, state.speed, state.duplex, *limits)

@@ -20,7 +20,7 @@ GUEST_VERDICTS = ("redirect", "no_socket")
 
 MAX_SLOTS = 512
 MAX_QUEUES = 64
-MAX_MACS = 4096
+MAX_MACS = 2 * MAX_SLOTS * 18  # with and without a tag: of the SPEC, of the guest, and 16 others
 
 MAC = struct.Struct("=H6s")  # struct steer_mac
 GUEST = struct.Struct("=I")  # struct steer_guest

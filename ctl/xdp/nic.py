@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
@@ -43,8 +43,8 @@ from ..links.journal import Entry, Journal
 from ..links.netlink import Link, device_mtu, get_link, link_name
 from ..links.nicprep import AddressFilter, NicPrep
 from . import gsosock, libxdp
-from .maps import MAX_QUEUES, MAX_SLOTS, SteerMaps
-from .packet import GROUPS, PacketSocket, addressed_to
+from .maps import MAX_QUEUES, MAX_SLOTS
+from .packet import GROUPS, PacketSocket, Program, addressed_to
 from .program import PROGRAM, SteerProgram, refuse_occupied
 from .umem import RX_FRAMES, TX_FRAMES, Framing, framing_for, lift_memlock_limit, too_large
 from .xsk import GuestSocket, QueueSockets, SeveralPiecesRefused, close_together
@@ -101,6 +101,11 @@ class _Guest:
     packets: PacketSocket | None = None  # without XDP: where its frames come instead, and the data plane's side of it
     heard: Mcast | None = None
     undo_steering: ExitStack = field(default_factory=ExitStack)
+    steered: dict[bytes, ExitStack] = field(default_factory=dict)  # by address: how to take it back
+
+
+def _addressed_to(guest: _Guest) -> Program:
+    return addressed_to(dict.fromkeys(mac for _, mac in guest.macs))
 
 
 class Nic:
@@ -112,6 +117,7 @@ class Nic:
         self.ifindex = link.index
         self.mtu = self._device_mtu = link.mtu
         self._mac = link.mac
+        self.link = ethtool.LinkState()
         self.queues: list[Nicq] = []
         self.mcast: Mcast | None = None
         self.facts: NicFacts
@@ -179,10 +185,11 @@ class Nic:
         if self.options.xdp_mode != "none":
             self._attach(prep, nr_queues)
             prep.note_side_effects()
+        self.link = ethtool.link_state(self.iface)
 
-        groups = PacketSocket(self.iface, GROUPS)
+        groups = PacketSocket(self.iface)
         self._stack.callback(groups.close)
-        groups.listen()
+        groups.listen(GROUPS)
         self._filter = AddressFilter(groups.socket, self.ifindex)
         self._filter.accept_multicast()
         driver = link.kind or ethtool.driver(self.iface) or "unknown"
@@ -310,7 +317,7 @@ class Nic:
         with ExitStack() as undo, self._changing(name):
             guest = _Guest(name, tuple(macs), [], [])
             if self._program is None:
-                guest.packets = PacketSocket(self.iface, addressed_to(dict.fromkeys(mac for _, mac in macs)))
+                guest.packets = PacketSocket(self.iface)
                 undo.callback(guest.packets.close)
                 guest.heard = self._dp.mcast(guest.packets.socket.fileno())
                 undo.callback(guest.heard.close)
@@ -336,25 +343,52 @@ class Nic:
         guest = self._guests[slot]
         guest.undo_steering.close()
         with ExitStack() as undo, self._changing(guest.name):
-            for mac in dict.fromkeys(mac for _, mac in guest.macs):
-                self._filter.add(mac)
-                undo.callback(self._filter.remove, mac)
-            if guest.packets:
-                guest.packets.listen()
-                undo.callback(self._quietly, guest.packets.silence)
             if self._program:
-                self._redirect(slot, guest, self._program.maps, undo)
+                for queue, sock in enumerate(guest.sockets):
+                    self._program.maps.set_socket(slot, queue, sock.fd)
+                    undo.callback(self._quietly, self._program.maps.clear_socket, slot, queue)
+            undo.callback(self._drop_macs, guest, keep=())
+            for mac in dict.fromkeys(mac for _, mac in guest.macs):
+                self._add_mac(slot, mac)
+            if guest.packets:
+                guest.packets.listen(_addressed_to(guest))
+                undo.callback(self._quietly, guest.packets.silence)
             guest.undo_steering = undo.pop_all()
 
-    def _redirect(self, slot: int, guest: _Guest, maps: SteerMaps, undo: ExitStack) -> None:
-        for queue, sock in enumerate(guest.sockets):
-            maps.set_socket(slot, queue, sock.fd)
-            undo.callback(self._quietly, maps.clear_socket, slot, queue)
-        for vlan, mac in guest.macs:
-            if maps.owner(vlan, mac) not in (None, slot):
-                raise NicError(f"guest {guest.name!r}: {mac.hex(':')} is another guest's in VLAN {vlan}")
-            maps.set_mac(vlan, mac, slot)
-            undo.callback(self._quietly, maps.clear_mac, vlan, mac)
+    def set_macs(self, slot: int, macs: Sequence[tuple[int, bytes]]) -> None:
+        """Steer these addresses to the guest, and no others, from now on. Raises NicError, and then nothing changed."""
+        guest = self._guests[slot]
+        before, guest.macs = guest.macs, tuple(macs)
+        try:
+            with self._changing(guest.name):
+                for mac in dict.fromkeys(mac for _, mac in macs):
+                    if mac not in guest.steered:
+                        self._add_mac(slot, mac)
+                if guest.packets:
+                    guest.packets.listen(_addressed_to(guest))
+        except BaseException:
+            guest.macs = before
+            raise
+        finally:
+            self._drop_macs(guest, keep={mac for _, mac in guest.macs})
+
+    def _add_mac(self, slot: int, mac: bytes) -> None:
+        guest, maps = self._guests[slot], self._program.maps if self._program else None
+        with ExitStack() as undo:
+            self._filter.add(mac)
+            undo.callback(self._filter.remove, mac)
+            for vlan in (vlan for vlan, other in guest.macs if other == mac and maps is not None):
+                assert maps is not None
+                if maps.owner(vlan, mac) not in (None, slot):
+                    raise NicError(f"guest {guest.name!r}: {mac.hex(':')} is another guest's in VLAN {vlan}")
+                maps.set_mac(vlan, mac, slot)
+                undo.callback(self._quietly, maps.clear_mac, vlan, mac)
+            guest.steered[mac] = undo.pop_all()
+
+    @staticmethod
+    def _drop_macs(guest: _Guest, keep: Collection[bytes]) -> None:
+        for mac in [mac for mac in guest.steered if mac not in keep]:
+            guest.steered.pop(mac).close()
 
     def unsteer(self, slot: int) -> None:
         """No more of its frames come in: they are the kernel's again. Before a publication without its sockets."""
@@ -393,7 +427,17 @@ class Nic:
         except OSError as exc:
             log.error("interface %s: %s", self.iface, exc)
 
-    # ---- the device's MTU
+    # ---- the device's link and MTU
+
+    def follow_link(self) -> bool:
+        """Look at carrier, speed and duplex; whether they changed."""
+        name = link_name(self.ifindex)
+        before = self.link
+        if name is not None:
+            self.link = ethtool.link_state(name)
+        if self.link.up != before.up:
+            log.info("interface %s: carrier %s", self.iface, "is there" if self.link.up else "is lost")
+        return self.link != before
 
     def follow_mtu(self) -> bool:
         """Take over the device's MTU as it is now, as far as the frames in use hold it; whether that changed ours.

@@ -49,11 +49,10 @@ def addressed_to(macs: Iterable[bytes]) -> Program:
 
 
 class PacketSocket:
-    """Hears what arrives and passes the filter, with virtio-net headers, once it listens."""
+    """Hears what arrives and passes a filter, with virtio-net headers, once it listens."""
 
-    def __init__(self, iface: str, program: Program) -> None:
+    def __init__(self, iface: str) -> None:
         self._iface = iface
-        self._program = program
         self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
         try:
             for option in (PACKET_VNET_HDR, PACKET_AUXDATA, PACKET_IGNORE_OUTGOING):
@@ -63,8 +62,9 @@ class PacketSocket:
             self.socket.close()
             raise
 
-    def listen(self) -> None:
-        self._filter(self._program)
+    def listen(self, program: Program) -> None:
+        """Hear what passes this filter, from now on."""
+        self._filter(program)
         self.socket.bind((self._iface, ETH_P_ALL))
 
     def silence(self) -> None:

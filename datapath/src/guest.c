@@ -95,6 +95,11 @@ void guest_ctrl_begins(struct xv_guest *guest, bool resumed)
 	guest->fresh = false;
 }
 
+int xv_guest_mac_asks(const struct xv_guest *guest)
+{
+	return load_once(&guest->mac_state) == MAC_ASKED;
+}
+
 int xv_guest_mac_request(struct xv_guest *guest, struct xv_mac_request *out)
 {
 	uint32_t asked = MAC_ASKED;

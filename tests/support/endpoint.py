@@ -19,6 +19,7 @@ from xdpvhost.datapath import Memory, Region, Vring
 from xdpvhost.errors import DatapathError
 from xdpvhost.vhost.endpoint import Endpoint
 from xdpvhost.vhost.errors import ProtocolError, RequestRefused
+from xdpvhost.vhost.wire import NetState
 
 from .process import wait_for
 
@@ -132,6 +133,7 @@ class FakePort:
         self.errors: list[ProtocolError] = []
         self.areas: list[FakeShared] = []
         self.messages: Counter[tuple[str, str]] = Counter()
+        self.net_state = NetState()
         self.state = b""
         self.states_reset = 0
         self.quiesced = 0

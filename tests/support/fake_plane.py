@@ -91,6 +91,7 @@ class FakeEntry:
         self.port = FakePort(self.name, self.spec.queues)
         self.xsks = [FakeCounted(XskCounters()) for _ in range(self.nic.nr_queues)]
         self.protocol_errors: Counter[str] = Counter()
+        self.listens_to = {self.spec.mac}
         self.messages: Counter[tuple[str, str]] = Counter()
 
 

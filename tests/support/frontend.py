@@ -43,12 +43,14 @@ F_INDIRECT = 1 << 28
 F_EVENT_IDX = 1 << 29
 F_PROTOCOL = 1 << 30
 F_VERSION_1 = 1 << 32
+F_HASH_REPORT = 1 << 57
 F_PACKED = 1 << 34
 F_IN_ORDER = 1 << 35
 
 P_MQ = 1 << 0
 P_LOG_SHMFD = 1 << 1
 P_REPLY_ACK = 1 << 3
+P_BACKEND_REQ = 1 << 5
 P_CONFIG = 1 << 9
 P_INFLIGHT = 1 << 12
 P_MEM_SLOTS = 1 << 15
@@ -267,6 +269,7 @@ class FrontEnd:
         return answer[12:]
 
 
+HEADER_SIZE_WITH_HASH = 20
 HEADER_SIZE = {True: 12, False: 10}  # with num_buffers (VERSION_1 or MRG_RXBUF), without
 
 
@@ -313,6 +316,8 @@ class NetDevice:
 
     @property
     def header_size(self) -> int:
+        if self.features & F_HASH_REPORT:
+            return HEADER_SIZE_WITH_HASH
         return HEADER_SIZE[bool(self.features & (F_VERSION_1 | F_MRG_RXBUF))]
 
     # ---- bringing it up ----

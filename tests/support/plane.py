@@ -8,12 +8,14 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
 from xdpvhost.config import GuestSpec
 from xdpvhost.datapath import Datapath
+from xdpvhost.links.ethtool import LinkState
 from xdpvhost.switch import GuestEntry, Switch
 from xdpvhost.vhost.endpoint import Endpoint
 
@@ -24,6 +26,7 @@ class NoNic:
     """A NIC without queues: what no guest owns is dropped as `no_uplink`."""
 
     mtu = 1500
+    link = LinkState(speed=10000, full_duplex=True)
     queues: Sequence[Any] = ()
     mcast = None
 
@@ -32,6 +35,9 @@ class NoNic:
 
     def packet_socket(self, slot: int) -> None:
         return None
+
+    def set_macs(self, slot: int, macs: Sequence[tuple[int, bytes]]) -> None:
+        pass
 
     def steer(self, slot: int) -> None:
         pass
@@ -73,13 +79,16 @@ class Plane:
     def __exit__(self, _t: type[BaseException] | None, _e: BaseException | None, _tb: TracebackType | None) -> None:
         self._stack.close()
 
-    def guest(self, pairs: int = 1, timeout: float = 10.0) -> GuestEntry:
+    def guest(self, pairs: int = 1, timeout: float = 10.0, mac_change: str = "deny") -> GuestEntry:
         """Configures one more guest and serves its socket."""
         number = len(self.endpoints) + 1
         name = f"vm{number}"
         spec = GuestSpec(name, bytes((0x52, 0x54, 0, 0, 0, number)), pairs, self._directory / f"{name}.sock")
+        if mac_change == "allow":
+            spec = replace(spec, mac_change="allow")
         entry = self.loop.call(lambda: self.switch.add_guest(spec))
         endpoint = Endpoint(spec, entry, timeout)
+        entry.config_changed = endpoint.config_changed
         self.loop.call(endpoint.open)
         running: Future[None] = asyncio.run_coroutine_threadsafe(endpoint.run(), self.loop.loop)
         self.endpoints[name] = endpoint
@@ -104,3 +113,9 @@ class Plane:
         for entry, why in self.switch.faulted():
             self.faults.append((entry.name, why))
             self.endpoints[entry.name].disconnect(why)
+        self._serve_requests()
+
+    def _serve_requests(self) -> None:
+        delay = self.switch.serve_requests()
+        if delay is not None:
+            self.loop.loop.call_later(delay, self._serve_requests)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from xdpvhost.config import (
     GuestSpec,
     MetricsAddress,
-    check_guest_queues,
     check_new_guest,
     check_run_dir,
     format_guest,
@@ -123,13 +122,6 @@ def test_an_unlike_guest_is_welcome() -> None:
     check_new_guest(parse_guest("name=vm2,mac=52:54:00:00:00:02"), [first])
 
 
-def test_more_queues_than_the_nic_has() -> None:
-    spec = parse_guest(f"name=vm1,mac={MAC},queues=4")
-    check_guest_queues(spec, "eth0", 4)
-    with pytest.raises(ConfigError, match=r"queues=4, but eth0 has 2.*ethtool -L eth0 combined 4"):
-        check_guest_queues(spec, "eth0", 2)
-
-
 def test_too_many_guests() -> None:
     specs = [f"name=vm{i},mac=52:54:00:00:{i >> 8:02x}:{i & 255:02x}" for i in range(513)]
     assert len(parse_guests(specs[:512], RUN)) == 512
@@ -172,3 +164,12 @@ def test_what_is_formatted_parses_back(name: str, mac: bytes, queues: int, mode:
 def test_any_text_is_parsed_or_refused(text: str) -> None:
     with suppress(ConfigError):
         parse_guest(text)
+
+
+def test_mac_change() -> None:
+    assert parse_guest(f"name=vm1,mac={MAC}").mac_change == "deny"
+    spec = parse_guest(f"name=vm1,mac={MAC},mac-change=allow")
+    assert spec.mac_change == "allow"
+    assert parse_guest(format_guest(spec)) == spec
+    with pytest.raises(ConfigError, match="mac-change=maybe is unknown; use deny or allow"):
+        parse_guest(f"name=vm1,mac={MAC},mac-change=maybe")

@@ -137,10 +137,13 @@ def test_memory_table_may_have_room_for_more_regions() -> None:
 
 def test_net_config_layout() -> None:
     mac = bytes.fromhex("525400000001")
-    space = wire.net_config(mac, 4, 1500)
+    space = wire.net_config(mac, 4, 1500, wire.NetState())
     assert len(space) == 24
     assert space[:6] == mac
-    assert struct.unpack_from("=HHHIB", space, 6) == (1, 4, 1500, 0xFFFFFFFF, 0xFF)
+    assert struct.unpack_from("=HHHIBBHI", space, 6) == (1, 4, 1500, 0xFFFFFFFF, 0xFF, 0, 0, 0)
+    state = wire.NetState(link_up=False, announce=True, speed=25000, duplex=1)
+    space = wire.net_config(mac, 4, 1500, state, rss=True)
+    assert struct.unpack_from("=HHHIBBHI", space, 6) == (2, 4, 1500, 25000, 1, 40, 128, 0x1FF)
 
 
 def test_reply_flags_are_exact() -> None:

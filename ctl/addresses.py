@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which unicast addresses a guest may listen to, when it asks for others than its SPEC's.
+
+A guest asks through its control virtqueue (virtio 1.2, 5.1.6.5.2), if its front-end leaves that to us. It may have what
+is nobody else's: no configured address of another guest, none that another guest listens to, none of this machine's
+own network devices. The address of its SPEC stays reserved for it meanwhile, so there is always a way back.
+
+`mac-change=deny`, the default, allows none of it: whoever may choose any address on a network can take over a station
+that happens to be silent, and the switches outside would believe it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from .config import format_mac
+from .errors import ConfigError
+from .links.netlink import local_addresses
+
+if TYPE_CHECKING:
+    from .datapath import Addresses
+    from .switch import GuestEntry
+
+
+def check_addresses(entry: GuestEntry, wanted: Addresses, others: Iterable[GuestEntry]) -> None:
+    """Raises ConfigError for addresses that the guest may not have."""
+    new = set(wanted.all) - {entry.spec.mac}
+    if not new:
+        return
+    if entry.spec.mac_change != "allow":
+        raise ConfigError(f"{_list(new)}: its SPEC says mac-change=deny")
+    for other in others:
+        if taken := new & other.listens_to:
+            raise ConfigError(f"{_list(taken)}: guest {other.name!r} has it")
+    if taken := new & local_addresses():
+        raise ConfigError(f"{_list(taken)}: a network device of this machine has it")
+
+
+def _list(macs: Iterable[bytes]) -> str:
+    return ", ".join(format_mac(mac) for mac in sorted(macs))
