@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where hostile front-ends meet the real back-end: two guests exchange frames all the time, a third one attacks.
 
+A fourth, an honest one, is there for the third to send to, and to receive from.
+
 The third may lose its own connection, and nothing else may happen: not one frame of the other two is lost or changed,
 and descriptors, mappings and rings are as before when it is gone.
 """
@@ -15,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from xdpvhost.datapath import DROP_NAMES
 from xdpvhost.switch import GuestEntry
 from xdpvhost.vhost.endpoint import Endpoint
 from xdpvhost.vhost.errors import ProtocolError, Violation
@@ -128,6 +131,11 @@ class Arena:
         self.path = directory / "vm3.sock"
         self.errors: list[ProtocolError] = []
         self._listen_to(self.entry)
+        self.friend_entry = self.plane.guest()
+        self.friend = NetDevice(directory / "vm4.sock", features=FEATURES, memory_size=16 << 20)
+        self.friend.up()
+        self.friend.post(128)
+        self._friend_mark = self.friend.memory.mark()
         self.stream = SteadyStream(directory)
         self.stream.moved()
 
@@ -139,6 +147,23 @@ class Arena:
             counts(error)
 
         entry.protocol_error = protocol_error  # type: ignore[method-assign]
+
+    def send_to_guest(self, *frames: bytes) -> None:
+        """From the honest fourth guest; returns when the back-end has taken them."""
+        self.friend.memory.release(self._friend_mark)
+        for frame in frames:
+            self.friend.send(frame)
+        wait_for(lambda: self.friend.sent() >= 0 and not self.friend.tx().chains, 10, "the frames to be taken", 0.001)
+
+    def heard(self) -> list[bytes]:
+        """What the fourth guest has received since the last time."""
+        return [frame for _, frame in self.friend.received()]
+
+    def drops(self, direction: str, reason: str) -> int:
+        """Frames of the attacker that were dropped."""
+        port = self.entry.port
+        counters = port.tx_counters(0) if direction == "tx" else port.rx_counters(0)
+        return int(counters.drops[DROP_NAMES.index(reason)])
 
     @property
     def endpoint(self) -> Endpoint:
@@ -174,6 +199,18 @@ class Arena:
             assert front.ask_u64(Request.GET_FEATURES), "the next front-end is served"
         self.idle()
 
+    @contextlib.contextmanager
+    def faulted(self, features: int, **options: Any) -> Iterator[NetDevice]:
+        """A device that loses its connection by what the block does in its rings or memory."""
+        known = len(self.faults)
+        with self.nothing_left():
+            with self.device(features, **options) as device:
+                device.up()
+                yield device
+                assert device.front.disconnected(), "the data plane did not mind"
+            self.idle()
+        assert len(self.faults) == known + 1
+
     def refused(self, attack: Attack, *violations: Violation) -> str:
         """The attack ends the session with an error of one of these classes; its message."""
         known = len(self.errors)
@@ -201,6 +238,7 @@ class Arena:
             self.stream.moved()
         finally:
             self.stream.close()
+            self.friend.close()
             sent = [entry.port.tx_counters(0).packets for entry in (self.one, self.two)]
             got = [entry.port.rx_counters(0).packets for entry in (self.two, self.one)]
             drops = [

@@ -66,6 +66,13 @@ class GuestMemory:
         self._next = start + size
         return self.gpa + start
 
+    def mark(self) -> int:
+        """What `release` takes to forget everything that is allocated from now on."""
+        return self._next
+
+    def release(self, mark: int) -> None:
+        self._next = mark
+
     def user(self, gpa: int) -> int:
         return self.user_base + gpa - self.gpa
 
