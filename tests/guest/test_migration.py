@@ -12,7 +12,7 @@ the guest leaves in its socket until it has moved lies in pages that xdpvhost al
 import itertools
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from support.process import Process, wait_for
 from support.qemu import QemuLinux, Release, hoard_program, qemu_args
 from support.traffic import exchange, wait_in_guest
 
+VIRTIO_F_RING_PACKED = 34
 GUEST, MAC = guest_ip(1), guest_mac(1)
 RATE, KEPT_RATE = 400, 1600  # blocks of 1400 bytes a second
 PING_INTERVAL = 0.01
@@ -72,9 +73,12 @@ class Network:
         return next((str(e["ifname"]) for e in entries if e["mac"] == MAC and e["ifname"] != "br0"), "nowhere")
 
 
-def start_guest(network: Network, site: Site, release: Release, pairs: int, *extra: str) -> QemuLinux:
+def start_guest(
+    network: Network, site: Site, release: Release, pairs: int, options: Sequence[str], extra: Sequence[str]
+) -> QemuLinux:
+    """`options` are those of qemu-args, `extra` is for QEMU itself."""
     guest = QemuLinux(
-        qemu_args(site.daemon, "vm1", release, "--memory", "384M"),
+        qemu_args(site.daemon, "vm1", release, "--memory", "384M", *options),
         "vm1",
         directory=network.world.directory,
         release=release,
@@ -174,13 +178,16 @@ def migrate(source: QemuLinux, destination: QemuLinux, uri: str) -> dict[str, An
 
 
 @pytest.mark.may_skip("an emulated guest's own writes get lost when QEMU before 9.0 migrates it")
-@pytest.mark.parametrize(("pairs", "announcer"), [(1, "guest"), (2, "daemon")])
+@pytest.mark.parametrize(
+    ("pairs", "ring", "announcer"),
+    [(1, "split", "guest"), (2, "split", "daemon"), (1, "packed", "daemon"), (2, "packed", "guest")],
+)
 def test_moves_under_traffic(
-    world: World, release: Release, pairs: int, announcer: str, measured: Callable[[str], None]
+    world: World, release: Release, pairs: int, ring: str, announcer: str, measured: Callable[[str], None]
 ) -> None:
     """Who tells the network: the guest's driver (GUEST_ANNOUNCE), or xdpvhost by a RARP when the driver can't.
 
-    That second guest has one large buffer a frame instead of mergeable ones, too.
+    With the latter the guest has one large buffer a frame instead of mergeable ones, too.
     """
     if release.version < (9, 0):
         pytest.skip("QEMU before 9.0 forgets to reset TCG's TLB when it collects dirty pages")
@@ -188,11 +195,14 @@ def test_moves_under_traffic(
     here, there = network.sites
     off = [] if announcer == "guest" else [f"virtio-net-pci.{name}=off" for name in ("guest_announce", "mrg_rxbuf")]
     extra = [word for name in off for word in ("-global", name)]
-    source = start_guest(network, here, release, pairs, *extra)
+    options = ["--packed"] if ring == "packed" else []
+    source = start_guest(network, here, release, pairs, options, extra)
     uri = f"unix:{world.directory}/migration.sock"
-    destination = start_guest(network, there, release, pairs, *extra, "-incoming", uri)
+    destination = start_guest(network, there, release, pairs, options, [*extra, "-incoming", uri])
     source.ready().configure(f"{GUEST}/{PREFIX}")
     source.run(f"ip link set eth0 mtu {MTU}")
+    features = source.run("cat /sys/class/net/eth0/device/features")
+    assert features[VIRTIO_F_RING_PACKED] == ("1" if ring == "packed" else "0")
     exchange(here.daemon, "vm1", network.net, NET_IP, source, GUEST)
     assert network.place() == here.port
     wait_for(lambda: destination.qemu.qmp.execute("query-status")["status"] == "inmigrate", 10, "the other QEMU")

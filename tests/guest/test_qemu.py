@@ -17,6 +17,7 @@ from support.traffic import PING, exchange, no_loss, ping, ping_from, wait_in_gu
 
 PAYLOAD = 200_000
 BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
+VIRTIO_F_RING_PACKED = 34
 DRIVER = "/sys/bus/virtio/drivers/virtio_net"
 SECOND_NET, SECOND_GUEST = "198.51.100.1", "198.51.100.13"
 
@@ -194,12 +195,16 @@ def test_reset(machines: Machines) -> None:
 
 
 def test_second_device_is_plugged_and_unplugged(machines: Machines) -> None:
-    """Twice, with traffic on both devices: the first one's rings move to the new memory table and back."""
+    """Twice, with traffic on both devices: the first one's rings move to the new memory table and back.
+
+    The second one has packed virtqueues.
+    """
     machine = machines.guests[1]
-    words = qemu_words(machines.daemon, "vm3", machines.release)
+    words = qemu_words(machines.daemon, "vm3", machines.release, "--packed", "--queue-size", "512")
     for _ in range(2):
         machine.qemu.plug(words, KINDS[0].bus)
         wait_in_guest(machine, "[ -d /sys/class/net/eth1 ]", "a plugged eth1")
+        assert machine.run("cat /sys/class/net/eth1/device/features")[VIRTIO_F_RING_PACKED] == "1"
         machine.configure(f"{SECOND_GUEST}/{PREFIX}", device="eth1")
         wait_in_guest(machine, "grep -q 1 /sys/class/net/eth1/carrier", "the link of eth1")
         exchange(machines.daemon, "vm3", machines.lab.net, SECOND_NET, machine, SECOND_GUEST, "eth1")
