@@ -215,6 +215,27 @@ def test_second_device_is_plugged_and_unplugged(machines: Machines) -> None:
         machines.exchange(KINDS[0])
 
 
+def test_packed_device_after_a_restart_of_the_daemon(machines: Machines) -> None:
+    """QEMU does not know where a packed ring was. Reloading the driver helps, as docs/troubleshooting.md says."""
+    machine = machines.guests[1]
+    words = qemu_words(machines.daemon, "vm3", machines.release, "--packed")
+    machine.qemu.plug(words, KINDS[0].bus)
+    wait_in_guest(machine, "[ -d /sys/class/net/eth1 ]", "a plugged eth1")
+    device = machine.run("basename $(readlink /sys/class/net/eth1/device)").strip()
+    machine.configure(f"{SECOND_GUEST}/{PREFIX}", device="eth1")
+    exchange(machines.daemon, "vm3", machines.lab.net, SECOND_NET, machine, SECOND_GUEST, "eth1")
+    machines.daemon.kill()
+    machines.daemon = machines.lab.up(machines.specs)
+    for name in ("vm1", "vm2", "vm3"):
+        machines.daemon.wait_connected(name)
+    machine.run(f"echo {device} >{DRIVER}/unbind && echo {device} >{DRIVER}/bind && [ -d /sys/class/net/eth1 ]")
+    machine.configure(f"{SECOND_GUEST}/{PREFIX}", device="eth1")
+    exchange(machines.daemon, "vm3", machines.lab.net, SECOND_NET, machine, SECOND_GUEST, "eth1")
+    machine.qemu.unplug(words)
+    machines.daemon.wait_connected("vm3", connected=False)
+    machines.exchange(*KINDS)
+
+
 def test_its_only_device_is_unplugged_and_plugged(machines: Machines) -> None:
     """The device that the machine was started with, by the id that `qemu-args` gives it; QEMU listens."""
     kind = KINDS[1]
