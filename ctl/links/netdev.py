@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntFlag
 
 from pyroute2.netlink import NLM_F_REQUEST, genlmsg
@@ -26,6 +27,20 @@ class XdpFeatures(IntFlag):
     NDO_XMIT_SG = 64
 
 
+class XskFeatures(IntFlag):
+    """enum netdev_xsk_flags: what the driver does for frames that AF_XDP sends with metadata."""
+
+    TX_TIMESTAMP = 1
+    TX_CHECKSUM = 2
+    TX_LAUNCH_TIME_FIFO = 4
+
+
+@dataclass(frozen=True)
+class DeviceFeatures:
+    xdp: XdpFeatures
+    xsk: XskFeatures  # none before 6.8
+
+
 class _DeviceMessage(genlmsg):  # type: ignore[misc]
     prefix = "NETDEV_A_DEV_"
     nla_map = (
@@ -39,10 +54,10 @@ class _DeviceMessage(genlmsg):  # type: ignore[misc]
     )
 
 
-def xdp_features(ifindex: int) -> XdpFeatures | None:
+def device_features(ifindex: int) -> DeviceFeatures | None:
     """None where the kernel doesn't say (before 6.3)."""
 
-    def ask() -> XdpFeatures | None:
+    def ask() -> DeviceFeatures | None:
         try:
             with GenericNetlinkSocket() as sock:
                 sock.bind("netdev", _DeviceMessage)
@@ -50,10 +65,16 @@ def xdp_features(ifindex: int) -> XdpFeatures | None:
                 request["cmd"], request["version"] = NETDEV_CMD_DEV_GET, 1
                 request["attrs"] = [("NETDEV_A_DEV_IFINDEX", ifindex)]
                 for answer in sock.nlm_request(request, msg_type=sock.prid, msg_flags=NLM_F_REQUEST):
-                    value = answer.get_attr("NETDEV_A_DEV_XDP_FEATURES")
-                    return None if value is None else XdpFeatures(value)
+                    return _features(answer)
         except (NetlinkError, OSError):
             return None
         return None
 
     return outside_loop(ask)
+
+
+def _features(answer: genlmsg) -> DeviceFeatures | None:
+    xdp = answer.get_attr("NETDEV_A_DEV_XDP_FEATURES")
+    if xdp is None:
+        return None
+    return DeviceFeatures(XdpFeatures(xdp), XskFeatures(answer.get_attr("NETDEV_A_DEV_XSK_FEATURES") or 0))

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 from .. import privileges
 from ..links import ethtool
-from ..links.netdev import XdpFeatures, xdp_features
+from ..links.netdev import DeviceFeatures, XdpFeatures, device_features
 from ..links.netlink import Link, get_link
 from ..links.nicprep import VLAN_PARSING
 from .libbpf import BpfObject, attach_replacement, captured_log
 from .maps import MAX_QUEUES
 from .program import OBJECT, PROGRAM, attached, bpffs
-from .umem import framing_for, largest_mtu
+from .umem import checksums_here, framing_for, largest_mtu
 from .xsk import AF_XDP
 
 
@@ -39,7 +39,8 @@ class Feature:
 def probe(iface: str) -> list[Feature]:
     """Raises NicError when there is no such interface."""
     link = get_link(iface)
-    reported = xdp_features(link.index)
+    device = device_features(link.index)
+    reported = None if device is None else device.xdp
     probes: tuple[Callable[[], Feature], ...] = (
         _capabilities,
         _program,
@@ -50,6 +51,7 @@ def probe(iface: str) -> list[Feature]:
         _dispatcher,
         lambda: _queues(link),
         lambda: _mtu(link, reported),
+        lambda: _tx_checksum(device),
         lambda: _vlan(link),
         lambda: _classification(link),
         _hugepages,
@@ -167,6 +169,13 @@ def _mtu(link: Link, reported: XdpFeatures | None) -> Feature:
     if XdpFeatures.RX_SG in reported:
         return Feature("mtu", True, detail, required=True)
     return Feature("mtu", None, f"{detail}, which the driver has not: generic mode will be tried", remedy)
+
+
+def _tx_checksum(device: DeviceFeatures | None) -> Feature:
+    why = checksums_here(device)
+    if why is None:
+        return Feature("tx-checksum", True, "the device finishes the checksums that guests leave open")
+    return Feature("tx-checksum", False, f"{why}: they are finished during the copy")
 
 
 def _vlan(link: Link) -> Feature:

@@ -24,6 +24,7 @@ from .libbpf import PRINT_FN, libbpf, load_library, print_fn
 MODES = {"native": 1, "generic": 2, "hardware": 3}  # enum xdp_attach_mode
 MODE_NAMES = {number: name for name, number in MODES.items()}
 SKIP_DISPATCHER = "LIBXDP_SKIP_DISPATCHER"
+XDP_UMEM_TX_METADATA_LEN = 1 << 2  # the kernel then looks at tx_metadata_len
 INHIBIT_PROG_LOAD = 1  # XSK_LIBXDP_FLAGS__INHIBIT_PROG_LOAD
 
 _MAX_ERRNO = 4095
@@ -51,6 +52,22 @@ class UmemConfig(Structure):
         ("frame_size", c_uint32),
         ("frame_headroom", c_uint32),
         ("flags", c_uint32),
+    )
+
+
+class UmemOpts(Structure):
+    """struct xsk_umem_opts of libxdp 1.5, up to tx_metadata_len."""
+
+    _fields_ = (
+        ("sz", c_size_t),
+        ("fd", c_int),
+        ("size", c_uint64),
+        ("fill_size", c_uint32),
+        ("comp_size", c_uint32),
+        ("frame_size", c_uint32),
+        ("frame_headroom", c_uint32),
+        ("flags", c_uint32),
+        ("tx_metadata_len", c_uint32),
     )
 
 
@@ -162,6 +179,21 @@ def dispatched(ifindex: int) -> tuple[str, tuple[tuple[int, str], ...]] | None:
         return MODE_NAMES.get(lib.xdp_multiprog__attach_mode(multi), "unknown"), tuple(found)
     finally:
         lib.xdp_multiprog__close(multi)
+
+
+def has_tx_metadata() -> bool:
+    return hasattr(libxdp(), "xsk_umem__create_opts")
+
+
+def make_umem_with_metadata(area: int, size: int, config: UmemConfig, room: int, fill: XskRing, comp: XskRing) -> int:
+    """As `make_umem`, with `room` bytes for struct xsk_tx_metadata before each frame that is sent. Raises OSError."""
+    create = libxdp().xsk_umem__create_opts
+    create.restype, create.argtypes = c_void_p, (c_void_p, _RING, _RING, POINTER(UmemOpts))
+    opts = UmemOpts(
+        ctypes.sizeof(UmemOpts), 0, size, config.fill_size, config.comp_size, config.frame_size, config.frame_headroom,
+        config.flags | XDP_UMEM_TX_METADATA_LEN, room,
+    )  # fmt: skip
+    return pointer(create(area, byref(fill), byref(comp), byref(opts)), "UMEM with metadata")
 
 
 def make_umem(area: int, size: int, config: UmemConfig, fill: XskRing, comp: XskRing) -> int:

@@ -36,17 +36,18 @@ from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
 from .. import privileges
-from ..datapath import NICQ_PARTIAL_CSUM, NICQ_SG, Datapath, Mcast, Nicq, NicqConf, Xsk
+from ..datapath import NICQ_PARTIAL_CSUM, NICQ_SG, NICQ_TX_CSUM, Datapath, Mcast, Nicq, NicqConf, Xsk
 from ..errors import NicError
 from ..links import ethtool
 from ..links.journal import Entry, Journal
+from ..links.netdev import device_features
 from ..links.netlink import Link, device_mtu, get_link, link_name
 from ..links.nicprep import AddressFilter, NicPrep
 from . import gsosock, libxdp
 from .maps import MAX_QUEUES, MAX_SLOTS
 from .packet import GROUPS, PacketSocket, Program, addressed_to
 from .program import PROGRAM, SteerProgram, refuse_occupied
-from .umem import RX_FRAMES, TX_FRAMES, Framing, framing_for, lift_memlock_limit, too_large
+from .umem import RX_FRAMES, TX_FRAMES, Framing, checksums_here, framing_for, lift_memlock_limit, too_large
 from .xsk import GuestSocket, QueueSockets, SeveralPiecesRefused, close_together
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class NicFacts:
     several_pieces: bool  # larger frames have several (XDP_USE_SG)
     umem_bytes: int  # a queue
     hugepages: str  # hugetlb, transparent or normal; mixed where the queues differ
+    tx_checksums: str  # who finishes those that guests leave open: device, or copy: and why
     partial_checksums: bool  # local stacks send into it
     warnings: tuple[str, ...]
 
@@ -170,7 +172,8 @@ class Nic:
     def _open(self, journal: Journal) -> None:
         link = get_link(self.iface)
         refuse_occupied(self.ifindex, self.iface)
-        self._framing = framing_for(self.mtu)
+        checksums_why = checksums_here(device_features(self.ifindex))
+        self._framing = replace(framing_for(self.mtu), tx_metadata=checksums_why is None)
 
         prep = NicPrep(link, journal)
         self._stack.callback(prep.undo)
@@ -201,7 +204,7 @@ class Nic:
         for queue in range(nr_queues):
             self._open_queue(queue, bind, partial)
         self.mcast = self._owned(self._dp.mcast(groups.socket.fileno()))
-        self.facts = self._facts(link, driver, partial, prep.warnings)
+        self.facts = self._facts(link, driver, partial, checksums_why, prep.warnings)
 
     def _attach(self, prep: NicPrep, nr_queues: int) -> None:
         """The journal's entry comes first, and learns the program's id afterwards."""
@@ -250,7 +253,9 @@ class Nic:
             chunk=self._framing.chunk,
             rx_frames=RX_FRAMES,
             tx_frames=TX_FRAMES,
-            flags=(NICQ_PARTIAL_CSUM if partial else 0) | (NICQ_SG if self._framing.several else 0),
+            flags=(NICQ_PARTIAL_CSUM if partial else 0)
+            | (NICQ_SG if self._framing.several else 0)
+            | (NICQ_TX_CSUM if sockets.tx_metadata else 0),
             fill=sockets.fill,
             comp=sockets.completion,
             tx=sockets.tx,
@@ -265,7 +270,11 @@ class Nic:
         self._stack.callback(thing.close)
         return thing
 
-    def _facts(self, link: Link, driver: str, partial: bool, warnings: Sequence[str]) -> NicFacts:
+    def _facts(
+        self, link: Link, driver: str, partial: bool, checksums_why: str | None, warnings: Sequence[str]
+    ) -> NicFacts:
+        if checksums_why is None and not all(s.tx_metadata for s in self._sockets):
+            checksums_why = "the kernel refuses metadata before frames"
         modes = {"zerocopy" if s.zerocopy else "copy" for s in self._sockets}
         pages = {s.memory.pages for s in self._sockets}
         program = self._program
@@ -287,6 +296,7 @@ class Nic:
             several_pieces=self._framing.several,
             umem_bytes=self._sockets[0].memory.size,
             hugepages=pages.pop() if len(pages) == 1 else "mixed",
+            tx_checksums=f"copy: {checksums_why}" if checksums_why else "device",
             partial_checksums=partial,
             warnings=tuple(warnings),
         )

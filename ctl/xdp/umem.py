@@ -13,6 +13,8 @@ from functools import cache
 from typing import Any
 
 from ..errors import NicError
+from ..links.netdev import DeviceFeatures, XskFeatures
+from . import libxdp
 
 PROT_READ_WRITE = 0x1 | 0x2
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_HUGETLB = 0x02, 0x20, 0x40000
@@ -48,6 +50,7 @@ class Framing:
 
     chunk: int  # bytes
     several: bool
+    tx_metadata: bool = False  # chunks that are sent begin with room for struct xsk_tx_metadata
 
     @property
     def largest_mtu(self) -> int:
@@ -60,6 +63,15 @@ def framing_for(mtu: int) -> Framing:
         if mtu <= largest_mtu(chunk):
             return Framing(chunk, several=False)
     return Framing(4096, several=True)
+
+
+def checksums_here(device: DeviceFeatures | None) -> str | None:
+    """Why the device can't be asked to finish checksums (XDP_TXMD_FLAGS_CHECKSUM); None: it can."""
+    if device is None or XskFeatures.TX_CHECKSUM not in device.xsk:
+        return "the driver has no checksum offload for AF_XDP"
+    if not libxdp.has_tx_metadata():
+        return "libxdp is too old for it (1.5 or later)"
+    return None
 
 
 def too_large(iface: str, mtu: int, why: str) -> NicError:

@@ -12,6 +12,7 @@ queue; until then a bind there says EBUSY, and `open` tries again for a while.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import struct
@@ -19,10 +20,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from ..datapath import Ring
+from ..datapath import TX_METADATA, Ring
 from ..errors import NicError, PrivilegeError
 from . import libxdp
 from .umem import RX_FRAMES, TX_FRAMES, FrameMemory, Framing
+
+log = logging.getLogger(__name__)
 
 AF_XDP, SOL_XDP = 44, 283
 XDP_STATISTICS, XDP_OPTIONS = 7, 8
@@ -126,6 +129,7 @@ class QueueSockets:
         self.iface, self.queue, self.framing = iface, queue, framing
         self._bind_flags = BIND_MODES[bind] | XDP_USE_NEED_WAKEUP | (XDP_USE_SG if framing.several else 0)
         self._fill, self._comp, self._tx = libxdp.XskRing(), libxdp.XskRing(), libxdp.XskRing()
+        self.tx_metadata = False
         self._memory: FrameMemory | None = None
         self._umem: int | None = None
         self._base: int | None = None
@@ -144,7 +148,18 @@ class QueueSockets:
         self._memory = FrameMemory.allocate((RX_FRAMES + TX_FRAMES) * self.framing.chunk)
         config = libxdp.UmemConfig(FILL_ENTRIES, COMPLETION_ENTRIES, self.framing.chunk, 0, 0)
         memory = self._memory
-        self._umem = libxdp.make_umem(memory.address, memory.size, config, self._fill, self._comp)
+        if self.framing.tx_metadata:
+            try:
+                self._umem = libxdp.make_umem_with_metadata(
+                    memory.address, memory.size, config, TX_METADATA, self._fill, self._comp
+                )
+                self.tx_metadata = True
+            except OSError as exc:
+                if exc.errno != errno.EINVAL:
+                    raise
+                log.debug("interface %s: the kernel refuses metadata before frames", self.iface)
+        if self._umem is None:
+            self._umem = libxdp.make_umem(memory.address, memory.size, config, self._fill, self._comp)
         deadline = time.monotonic() + BUSY_DEADLINE
         while True:
             try:

@@ -62,6 +62,9 @@ def test_constants_are_the_headers() -> None:
         "XV_MAX_RING_SIZE": datapath.MAX_RING_SIZE,
         "XV_VLAN_ANY": datapath.VLAN_ANY,
         "XV_NICQ_PARTIAL_CSUM": datapath.NICQ_PARTIAL_CSUM,
+        "XV_NICQ_SG": datapath.NICQ_SG,
+        "XV_NICQ_TX_CSUM": datapath.NICQ_TX_CSUM,
+        "XV_TX_METADATA": datapath.TX_METADATA,
     }.items():
         line = next(line for line in text.splitlines() if line.startswith(f"#define {name} "))
         assert int(line.split()[2].rstrip("u"), 0) == value, name

@@ -22,12 +22,15 @@ from support.frames import PacketSocket, mac_bytes, udp_frame
 from support.netns import Namespace, World
 from support.process import run, wait_for
 from xdpvhost import privileges
+from xdpvhost.datapath import NICQ_TX_CSUM
 from xdpvhost.errors import NicError, PrivilegeError
 from xdpvhost.links.journal import Journal
+from xdpvhost.links.netdev import DeviceFeatures, XdpFeatures, XskFeatures
 from xdpvhost.links.nicprep import ADOPTED, AddressFilter, adoptable, prepare
 from xdpvhost.links.undo import handlers
 from xdpvhost.rundir import InterfaceLock
-from xdpvhost.xdp import program, xsk
+from xdpvhost.xdp import libxdp, program, xsk
+from xdpvhost.xdp import nic as nic_module
 from xdpvhost.xdp.features import probe
 from xdpvhost.xdp.libbpf import BpfObject, xdp_state
 from xdpvhost.xdp.maps import MAX_SLOTS, VLAN_ANY
@@ -45,6 +48,7 @@ import sys, time
 from pathlib import Path
 from support.fake_datapath import FakeDatapath
 from xdpvhost.links.journal import Journal
+from xdpvhost.links.netdev import DeviceFeatures, XdpFeatures, XskFeatures
 from xdpvhost.xdp.nic import Nic, NicOptions
 nic = Nic.open(NicOptions(sys.argv[1]), FakeDatapath(), Journal(Path(sys.argv[2])))
 nic.add_guest(0, "vm1", [(0, bytes.fromhex("525400000001"))])
@@ -155,6 +159,26 @@ def test_facts(pair: Pair) -> None:
         assert facts.mac == pair.host.mac(NIC)
         assert (nic.ifindex, nic.nr_queues, len(nic.queues)) == (facts.ifindex, QUEUES, QUEUES)
         assert nic.mcast is not None
+
+
+def test_who_finishes_checksums(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device only where its driver says so and libxdp can register room for the request."""
+    with pair.host.entered(), pair.open() as nic:
+        assert nic.facts.tx_checksums == "copy: the driver has no checksum offload for AF_XDP"
+    said = DeviceFeatures(XdpFeatures.BASIC, XskFeatures.TX_CHECKSUM)
+    monkeypatch.setattr(nic_module, "device_features", lambda _: said)
+    monkeypatch.setattr(libxdp, "has_tx_metadata", lambda: False)
+    with pair.host.entered(), pair.open() as nic:
+        assert nic.facts.tx_checksums == "copy: libxdp is too old for it (1.5 or later)"
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EINVAL, "as a kernel before 6.8")
+
+    monkeypatch.setattr(libxdp, "has_tx_metadata", lambda: True)
+    monkeypatch.setattr(libxdp, "make_umem_with_metadata", refuse)
+    with pair.host.entered(), pair.open() as nic:
+        assert nic.facts.tx_checksums == "copy: the kernel refuses metadata before frames"
+        assert all(not cast(FakeNicq, queue).conf.flags & NICQ_TX_CSUM for queue in nic.queues)
 
 
 def test_open_again_at_once(pair: Pair) -> None:
