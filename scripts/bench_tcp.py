@@ -146,7 +146,8 @@ MAKE: dict[str, Callable[[ExitStack], System]] = {
 def measure(system: System, way: str, seconds: int) -> float:
     """Gb/s that arrived."""
     client = system.guests[0]
-    command = f"iperf3 -J -t {seconds} -l {WRITE} -c"
+    # Linux's own default at both ends: BBR, which this host may have, paces by a model of the path
+    command = f"iperf3 -J -C cubic -t {seconds} -l {WRITE} -c"
     if way == "guest-guest":
         server = system.guests[1]
         server.spawn("iperf3 -s -1 --forceflush")
