@@ -695,6 +695,52 @@ static void test_shapes_of_chains(void)
 	world_free(&w);
 }
 
+/* ---- a guest that changes a command while it is read: the class of CVE-2026-86562 ---- */
+
+static struct {
+	uint32_t *entries; /* of the command's first table */
+	bool stop;
+} racer;
+
+static void *race(void *nothing)
+{
+	for (uint32_t i = 0; !load_once(&racer.stop); i++)
+		store_once(racer.entries, i & 1 ? 2u : i & 2 ? 700u : UINT32_MAX);
+	return nothing;
+}
+
+static void test_a_command_that_changes_while_it_is_read(void)
+{
+	struct ring *r = &guest->ring[CTRL];
+	pthread_t thread;
+	uint8_t *bytes;
+	uint64_t at;
+
+	begin(CTRL_FEATURES);
+	at = driver_alloc(guest, 8192, 16) + 2; /* so that the number of entries is one word */
+	bytes = guest->memory + at;
+	bytes[0] = VIRTIO_NET_CTRL_MAC;
+	bytes[1] = VIRTIO_NET_CTRL_MAC_TABLE_SET;
+	memset(bytes + 2, 1, 4 + 6 * 700 + 4);
+	memset(bytes + 2 + 4 + 6 * 700, 0, 4); /* behind 700 entries an empty table, behind 2 nonsense */
+	racer.entries = (uint32_t *)(void *)(bytes + 2);
+	ring_desc(r, 0, GPA + at, 2 + 4 + 6 * 700 + 4, 0, 1);
+	ring_desc(r, 1, GPA + at + 8000, 1, VRING_DESC_F_WRITE, -1);
+	CHECK_EQ(pthread_create(&thread, NULL, race, NULL), 0);
+	for (uint32_t i = 0; i < 20000; i++) {
+		bytes[8000] = 0xee;
+		ring_offer(r, 0);
+		world_run(&w);
+		CHECK_EQ(ring_reap(r, NULL), 0);
+		CHECK(bytes[8000] == VIRTIO_NET_OK || bytes[8000] == VIRTIO_NET_ERR);
+		CHECK(guest->guest->rules->filter.nr_multicast <= FILTER_MULTICAST);
+	}
+	store_release(&racer.stop, true);
+	pthread_join(thread, NULL);
+	CHECK_EQ(guest->guest->fault.code, XV_FAULT_NONE);
+	world_free(&w);
+}
+
 /* A driver that has used its control virtqueue before was configured by commands that we have not seen. */
 static void test_resumed_ring(void)
 {
@@ -739,6 +785,7 @@ int main(void)
 	test_guest_offloads();
 	test_every_command_is_answered();
 	test_shapes_of_chains();
+	test_a_command_that_changes_while_it_is_read();
 	test_resumed_ring();
 	puts("ok");
 	return 0;
