@@ -284,10 +284,10 @@ static void follows(struct xv_vring *vr, bool *any)
 	*any |= vr->follows != NULL;
 }
 
-static void take_over(struct xv_vring *vr, bool *any)
+static void begin(struct xv_vring *vr, bool *any)
 {
 	(void)any;
-	vring_take_over(vr);
+	vring_begin(vr);
 }
 
 /*
@@ -295,7 +295,7 @@ static void take_over(struct xv_vring *vr, bool *any)
  * find neither. So the workers are held: no snapshot, nothing to do, until the new rings know their places. What comes
  * meanwhile, some microseconds, waits where it is.
  */
-static void hand_over(struct xv_dp *dp, struct snapshot *snap)
+static void hold_for_followers(struct xv_dp *dp, const struct snapshot *snap)
 {
 	bool any = false;
 
@@ -306,7 +306,6 @@ static void hand_over(struct xv_dp *dp, struct snapshot *snap)
 	for (uint32_t i = 0; i < dp->conf.workers; i++)
 		worker_wake(&dp->workers[i]); /* one that is about to sleep counts as held either way */
 	xv_quiesce(dp);
-	for_each_vring(snap, take_over, NULL);
 }
 
 int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf)
@@ -327,7 +326,8 @@ int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf)
 		store_once(&dp->workers[i].blind, false);
 	for_each_source(dp, snap, ensure_registered);
 	snap->serial = old->serial + 1;
-	hand_over(dp, snap);
+	hold_for_followers(dp, snap);
+	for_each_vring(snap, begin, NULL);
 	__atomic_store_n(&dp->snap, snap, __ATOMIC_SEQ_CST);
 	xv_quiesce(dp);
 	for (uint32_t i = 0; i < dp->conf.workers; i++)

@@ -25,7 +25,7 @@ struct worker {
 	long preempted;        /* how often the kernel had taken its CPU from it when it looked last */
 	bool tx_stalls;        /* a guest's frames wait for another's buffers, as long as their patience lasts */
 	bool ctrl_waits;       /* a control command waits for control, or for other workers */
-	bool rx_stalls;        /* a NIC's frames wait for buffers whose kick another worker gets */
+	bool rx_stalls;        /* a NIC's frames wait for buffers; another worker may get their kick */
 	uint32_t first;        /* where its next turn begins: no port is always served last */
 	struct call_ctx calls;
 	struct dirty dirty;

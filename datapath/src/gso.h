@@ -66,4 +66,16 @@ static inline uint32_t gso_cut_left(const struct gso_cut *cut)
 uint32_t gso_join(const struct xv_view *views, uint32_t n, uint32_t plain, uint32_t gso, struct gso_room *room,
 		  uint32_t *frames);
 
+/* How many frames a view stands for: those that it was joined of, or one. */
+static inline uint32_t gso_frames(const struct xv_view *view)
+{
+	uint32_t n = 0;
+
+	if (likely(!view->gso_type || !view->parts))
+		return 1;
+	for (uint32_t bytes = view->hdr_len; bytes < view->len; n++)
+		bytes += view->parts[n].len;
+	return n;
+}
+
 #endif

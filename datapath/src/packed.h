@@ -57,14 +57,15 @@ cold static bool packed_chain_extent(struct xv_vring *vr, struct xv_buf *buf)
 	return true;
 }
 
-static inline uint32_t packed_peek(struct xv_vring *vr, cursor at, struct xv_buf *bufs, struct vring_desc *descs, uint32_t n)
+static inline uint32_t packed_peek(struct xv_vring *vr, cursor at, struct xv_buf *bufs, struct vring_desc *descs, uint32_t n,
+				   const bool chains)
 {
-	const uint32_t num = vr->num;
+	const uint32_t num = vr->num, most = MIN(num, PACKED_CHAIN_MAX);
 	uint32_t slot = packed_slot(at), wrap = at & PACKED_WRAP;
 	/* those that have been read and not used; after a whole lap the flags would still say "available" */
 	uint32_t slots = slot - packed_slot(vr->next) + ((at ^ vr->next) & PACKED_WRAP ? num : 0), i;
 
-	for (i = 0; i < n && slots < num; i++) {
+	for (i = 0; i < n && slots < most; i++) {
 		const struct vring_packed_desc *desc = &vr->packed_desc[slot];
 		/* acquire pairs with the driver's write barrier before it writes the flags (2.8.21.1) */
 		const uint16_t flags = load_acquire(&desc->flags);
@@ -78,6 +79,10 @@ static inline uint32_t packed_peek(struct xv_vring *vr, cursor at, struct xv_buf
 			.flags = flags & (VRING_DESC_F_NEXT | VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT),
 		};
 		if (unlikely(flags & VRING_DESC_F_NEXT)) {
+			if (!chains) {
+				i++;
+				break;
+			}
 			if (!packed_chain_extent(vr, &bufs[i]))
 				break;
 			if (slots + bufs[i].slots > num) { /* it runs into what has been read before it */
@@ -152,6 +157,8 @@ static inline void packed_publish(struct xv_vring *vr)
 {
 	struct vring_packed_desc *desc = &vr->packed_desc[packed_slot(vr->published)];
 
+	if (unlikely(vr->published == vr->next)) /* one by one: packed_use_inflight() */
+		return;
 	if (unlikely(vr->inflight)) {
 		store_once(&vr->inflight->used_idx, (uint16_t)packed_slot(vr->next));
 		store_once(&vr->inflight->used_wrap_counter, (uint8_t)(vr->next / PACKED_WRAP));
@@ -164,6 +171,18 @@ static inline void packed_publish(struct xv_vring *vr)
 	if (unlikely(vr->inflight)) {
 		store_release(&vr->inflight->old_used_idx, (uint16_t)packed_slot(vr->next));
 		store_once(&vr->inflight->old_used_wrap_counter, (uint8_t)(vr->next / PACKED_WRAP));
+	}
+}
+
+/*
+ * With an in-flight region each buffer is shown by itself: descriptors behind the first one of a batch say "used" before
+ * the cursor has moved, and a successor could not tell where the batch was to end.
+ */
+cold static void packed_use_inflight(struct xv_vring *vr, const struct xv_buf *bufs, const uint32_t *written, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++) {
+		packed_use(vr, &bufs[i], written ? &written[i] : NULL, 1);
+		packed_publish(vr);
 	}
 }
 
@@ -185,15 +204,25 @@ static inline bool packed_wants_call(const struct xv_vring *vr, cursor old, curs
 	return (uint16_t)(slot - event - 1) < (uint16_t)(slot - before);
 }
 
-static inline void packed_arm(struct xv_vring *vr)
+static inline void packed_arm_at(struct xv_vring *vr, cursor at)
 {
 	if (vr->event_idx) {
-		store_once(&vr->device->off_wrap, vr->next);
+		store_once(&vr->device->off_wrap, at);
 		store_release(&vr->device->flags, (uint16_t)VRING_PACKED_EVENT_FLAG_DESC);
 	} else {
 		store_once(&vr->device->flags, (uint16_t)VRING_PACKED_EVENT_FLAG_ENABLE);
 	}
 	vring_wrote_ring(vr, vr->device, sizeof(*vr->device));
+}
+
+/* For a buffer behind those that are there. */
+static inline void packed_arm_behind(struct xv_vring *vr)
+{
+	cursor at = vr->next;
+
+	for (uint32_t i = 0; i < MIN(vr->num, PACKED_CHAIN_MAX) && packed_is_available(vr, at); i++)
+		at = packed_advance(vr, at, 1);
+	packed_arm_at(vr, at);
 }
 
 static inline void packed_disarm(struct xv_vring *vr)

@@ -113,8 +113,9 @@ void xsk_rx_release(struct xv_xsk *xsk, uint32_t n);
 uint32_t xsk_rx_trim(struct xv_xsk *xsk);
 /* Pieces that wait in the ring: as many frames, where a frame has but one. */
 uint32_t xsk_backlog(const struct xv_xsk *xsk);
-/* Copy frames into UMEM and queue them; those that cannot be sent are counted in `drops` of their sender. */
-void nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uint32_t n, uint32_t max_len, uint64_t *drops);
+/* Copy frames into UMEM and queue them; how many. Those that cannot be sent are counted in `drops` of their sender. */
+uint32_t nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uint32_t n, uint32_t max_len,
+		       uint64_t *drops);
 /* Tell the kernel to send what is queued. False when some of it must wait, or another worker is at it. */
 bool nicq_tx_flush(struct xv_nicq *nicq);
 

@@ -91,10 +91,10 @@ static inline uint16_t *avail_event_of(const struct xv_vring *vr)
 	return (uint16_t *)(void *)&vr->used->ring[vr->num];
 }
 
-static inline void split_arm(struct xv_vring *vr)
+static inline void split_arm_at(struct xv_vring *vr, cursor at)
 {
 	if (vr->event_idx) {
-		store_once(avail_event_of(vr), vr->next);
+		store_once(avail_event_of(vr), at);
 		vring_wrote_ring(vr, avail_event_of(vr), 2);
 	} else {
 		store_once(&vr->used->flags, (uint16_t)0);

@@ -70,6 +70,16 @@ static void drop_to_pair(const struct port *port, uint32_t pair, enum xv_drop wh
 	drop_rx(&port->guest->queues[pair % port->guest->max_pairs], why, n);
 }
 
+/* How many frames these views stand for. */
+static uint32_t frames_of(const struct xv_view *const *views, uint32_t n)
+{
+	uint32_t frames = 0;
+
+	for (uint32_t i = 0; i < n; i++)
+		frames += gso_frames(views[i]);
+	return frames;
+}
+
 void switch_drop_stalled(struct xv_vring *stalled, uint32_t n)
 {
 	if (n)
@@ -144,7 +154,7 @@ static uint32_t to_pair(const struct port *port, uint32_t hint, const struct xv_
 	uint32_t done;
 
 	if (unlikely(!vr)) {
-		drop_to_pair(port, hint, XV_DROP_NOT_CONNECTED, n);
+		drop_to_pair(port, hint, XV_DROP_NOT_CONNECTED, frames_of(views, n));
 		return n;
 	}
 	done = to_ring(vr, views, n, ctx);
@@ -198,7 +208,7 @@ static uint32_t by_table(const struct port *port, const struct rss *rss, const s
 		}
 		nr_left = others;
 		if (unlikely(!vr)) {
-			drop_to_pair(port, pair, XV_DROP_NOT_CONNECTED, nr);
+			drop_to_pair(port, pair, XV_DROP_NOT_CONNECTED, frames_of(mine, nr));
 			continue;
 		}
 		taken = to_ring(vr, mine, nr, ctx);
@@ -211,7 +221,7 @@ static uint32_t by_table(const struct port *port, const struct rss *rss, const s
 			one_by_one(vr, rss, mine[taken++], ctx);
 			taken += to_ring(vr, mine + taken, nr - taken, ctx);
 		}
-		switch_drop_stalled(vr, nr - taken);
+		switch_drop_stalled(vr, frames_of(mine + taken, nr - taken));
 	}
 	return n;
 }
@@ -289,8 +299,14 @@ static void to_uplink(const struct snapshot *snap, const struct origin *from, co
 		if (nicq_tx_gso(from->uplink, views[i], max_len, from->drops))
 			continue;
 		gso_cut_init(&cut, views[i]);
-		while ((segments = gso_cut_next(&cut, &ctx->room)))
-			nicq_tx_burst(from->uplink, ctx->room.list, segments, max_len, from->drops);
+		while ((segments = gso_cut_next(&cut, &ctx->room))) {
+			if (nicq_tx_burst(from->uplink, ctx->room.list, segments, max_len, from->drops) ||
+			    load_once(&from->uplink->nr_free))
+				continue;
+			/* no frame was free for any of them, nor is one for the rest */
+			count(from->drops[XV_DROP_NO_FRAMES], gso_cut_left(&cut));
+			break;
+		}
 	}
 	mark_dirty(dirty, from->uplink);
 }

@@ -104,7 +104,7 @@ static inline bool view_single(struct xv_vring *vr, const struct vring_desc *des
 static inline always_inline void rx_burst(struct xv_vring *vr, struct xv_burst *burst, struct burst_chains *chains,
 					  const bool packed)
 {
-	uint32_t budget = XV_BURST_SEGS, n;
+	uint32_t budget = XV_BURST_SEGS, segments = 0, n;
 	struct vring_desc descs[XV_BURST];
 
 	burst->nr = burst->nr_segs = 0;
@@ -127,6 +127,11 @@ static inline always_inline void rx_burst(struct xv_vring *vr, struct xv_burst *
 			if (!budget)
 				break;
 			continue;
+		}
+		if (unlikely(burst->views[burst->nr].gso_type)) { /* so many frames to be made of it, at worst */
+			segments += burst->views[burst->nr].len / burst->views[burst->nr].gso_size;
+			if (segments > XV_BURST_SEGS && burst->nr)
+				break;
 		}
 		burst->nr++;
 	}
@@ -333,9 +338,11 @@ static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *vie
 	hdr.mrg.num_buffers = (uint16_t)buffers;
 	put(&w, (const uint8_t *)&hdr, vr->header_len, NULL);
 	if (view->flags & VIEW_VERIFY) {
-		/* what has been written lies in buffers that stay the device's, and is written over */
-		if (!put_joined(&w, view, copied))
+		/* what has been written lies in buffers that stay the device's */
+		if (!put_joined(&w, view, copied)) {
+			wrote(vr, &w);
 			return UNJOIN;
+		}
 	} else {
 		*copied += put_frame(&w, view, finish);
 	}
@@ -362,7 +369,7 @@ static inline always_inline uint32_t find_places(struct xv_vring *vr, const stru
 {
 	struct vring_desc descs[XV_BURST];
 
-	*there = vring_peek(vr, packed, vr->next, bufs, descs, n);
+	*there = vring_peek_plain(vr, packed, vr->next, bufs, descs, n);
 	for (uint32_t i = 0; i < *there; i++) {
 		const uint32_t need = vr->header_len + views[i]->len;
 		uint32_t got;
@@ -442,7 +449,7 @@ static inline always_inline uint32_t tx_burst(struct xv_vring *vr, const struct 
 		count(counters->copied_bytes, copied);
 		count(counters->csum_partial, partial);
 		call = vring_publish(vr, packed);
-		/* who waits for a kick of this ring has had it: the buffers came after it was armed */
+		/* who waits for a kick of this ring has mostly had it; else it looks again by itself before long */
 		if (unlikely(load_once(&vr->armed)))
 			vring_disarm(vr);
 	}

@@ -231,6 +231,11 @@ static cursor split_start(const struct xv_vring *vr)
 	return load_once(&vr->used->idx);
 }
 
+static cursor inflight_cursor(uint16_t slot, uint8_t wrap)
+{
+	return (cursor)((slot & (PACKED_WRAP - 1u)) | (wrap & 1u) << 15);
+}
+
 /*
  * Where a packed ring goes on. The ring doesn't tell, so it is what the front-end says, unless a predecessor has left
  * it in the in-flight region: the front-end cannot know how far one came that was killed. Between its two writes there
@@ -239,15 +244,15 @@ static cursor split_start(const struct xv_vring *vr)
 static int packed_start(struct xv_vring *vr, uint32_t base, cursor *start)
 {
 	struct inflight_packed *region = vr->inflight;
-	/* a base of 16 bits is that of old front-ends: no buffer is in flight, so the used place is the same */
-	cursor at = (cursor)(base >> 16 ? base >> 16 : base);
+	const uint16_t version = region ? load_once(&region->version) : 0;
+	cursor at = (cursor)(base >> 16); /* of the next used one: what lies between it and the available one is done again */
 
-	if (region && region->version) {
-		const uint16_t new_at = (uint16_t)((region->used_idx & (PACKED_WRAP - 1u)) | (region->used_wrap_counter & 1u) << 15),
-			       old_at = (uint16_t)((region->old_used_idx & (PACKED_WRAP - 1u)) |
-						   (region->old_used_wrap_counter & 1u) << 15);
+	if (version) {
+		const cursor new_at = inflight_cursor(load_once(&region->used_idx), load_once(&region->used_wrap_counter)),
+			     old_at = inflight_cursor(load_once(&region->old_used_idx),
+						      load_once(&region->old_used_wrap_counter));
 
-		if (region->version != 1 || region->desc_num != vr->num)
+		if (version != 1 || load_once(&region->desc_num) != vr->num)
 			return -EINVAL;
 		at = new_at;
 		if (new_at != old_at && packed_slot(old_at) < vr->num && packed_is_available(vr, old_at))
@@ -338,7 +343,6 @@ int xv_vring_new(struct xv_mem *mem, const struct xv_vring_conf *conf, struct xv
 		start = split_start(vr);
 	vr->event_idx = features & 1ull << VIRTIO_RING_F_EVENT_IDX;
 	vr->indirect = features & 1ull << VIRTIO_RING_F_INDIRECT_DESC;
-	vr->in_order = features & 1ull << VIRTIO_F_IN_ORDER;
 	vr->mergeable = features & 1ull << VIRTIO_NET_F_MRG_RXBUF;
 	vr->csum = features & 1ull << VIRTIO_NET_F_CSUM;
 	vr->guest_csum = features & 1ull << VIRTIO_NET_F_GUEST_CSUM;
@@ -358,9 +362,6 @@ int xv_vring_new(struct xv_mem *mem, const struct xv_vring_conf *conf, struct xv
 	vr->call_asked = true; /* an interrupt may have been lost with whoever served the ring before */
 	vr->kick = (struct source){.fd = conf->kick_fd, .epfd = -1};
 	vr->next = vr->published = vr->signalled = start;
-	vring_disarm(vr);
-	if (vr->event_idx && !vr->packed) /* as far from being passed as can be; in force when a worker arms the ring */
-		store_once(avail_event_of(vr), (uint16_t)(start - 1));
 	*out = vr;
 	return 0;
 }

@@ -57,7 +57,7 @@ struct xv_vring {
 	uint32_t num, index;       /* index: of the vring in its device; bound by xv_publish() */
 	uint16_t mask;             /* split */
 	uint8_t header_len;        /* of the virtio-net header: 10, 12 or 20 bytes */
-	bool packed, event_idx, indirect, in_order, mergeable, csum, guest_csum, call_is_socket, log_used;
+	bool packed, event_idx, indirect, mergeable, csum, guest_csum, call_is_socket, log_used;
 	uint32_t host_gso, guest_gso; /* GSO_BITs: what the guest may send, and what it takes */
 	/* set by control while it runs */
 	int call_fd;
@@ -67,6 +67,7 @@ struct xv_vring {
 	cursor next, published, signalled;
 	uint16_t first_flags; /* packed: of the descriptor at `published`, written last of all that were used */
 	bool signalled_valid;
+	bool begun; /* it has been published */
 	struct xv_vring *stalled_on; /* transmit rings: the receive ring whose buffers ran out, or NULL */
 	uint64_t patience, patience_at; /* transmit rings: cycles it may still wait for such a ring, and as of when */
 	const struct xv_vring *follows; /* until published: the one whose place it takes, or NULL */
@@ -128,7 +129,17 @@ static inline cursor vring_after(const struct xv_vring *vr, bool packed, cursor 
 static inline uint32_t vring_peek(struct xv_vring *vr, bool packed, cursor at, struct xv_buf *bufs, struct vring_desc *descs,
 				  uint32_t n)
 {
-	return packed ? packed_peek(vr, at, bufs, descs, n) : split_peek(vr, at, bufs, descs, n);
+	return packed ? packed_peek(vr, at, bufs, descs, n, true) : split_peek(vr, at, bufs, descs, n);
+}
+
+/*
+ * The same for whoever takes only buffers of one descriptor: of a chain in a packed ring only the first descriptor is
+ * looked at, and it is the last of what is answered.
+ */
+static inline uint32_t vring_peek_plain(struct xv_vring *vr, bool packed, cursor at, struct xv_buf *bufs,
+					struct vring_desc *descs, uint32_t n)
+{
+	return packed ? packed_peek(vr, at, bufs, descs, n, false) : split_peek(vr, at, bufs, descs, n);
 }
 
 /* Whether there are buffers, asked by a worker that does not hold the queue's lock. */
@@ -145,7 +156,9 @@ static inline bool vring_has_buffers(const struct xv_vring *vr)
  */
 static inline void vring_use(struct xv_vring *vr, bool packed, const struct xv_buf *bufs, const uint32_t *written, uint32_t n)
 {
-	if (packed)
+	if (packed && unlikely(vr->inflight))
+		packed_use_inflight(vr, bufs, written, n);
+	else if (packed)
 		packed_use(vr, bufs, written, n);
 	else
 		split_use(vr, bufs, written, n);
@@ -171,11 +184,23 @@ static inline bool vring_publish(struct xv_vring *vr, bool packed)
 /* Ask for a kick when the guest makes another buffer available. Then look at vring_has_buffers() once more. */
 static inline void vring_arm(struct xv_vring *vr)
 {
+	const cursor at = load_once(&vr->next);
+
 	store_once(&vr->armed, true);
 	if (vr->packed)
-		packed_arm(vr);
+		packed_arm_at(vr, at);
 	else
-		split_arm(vr);
+		split_arm_at(vr, at);
+}
+
+/* Ask for a kick when there are more than the buffers there are, which are too few. Then try once more. */
+static inline void vring_arm_behind(struct xv_vring *vr)
+{
+	store_once(&vr->armed, true);
+	if (vr->packed)
+		packed_arm_behind(vr);
+	else
+		split_arm_at(vr, load_acquire(&vr->avail->idx));
 }
 
 /* Kicks are not needed. */
@@ -208,20 +233,28 @@ enum chain_result vring_chain(struct xv_vring *vr, const struct xv_buf *buf, enu
 			      struct xv_seg *segs, uint32_t max, uint32_t *nr, uint64_t *bytes, uint32_t *rest,
 			      uint32_t *budget);
 
-/* Go on where the ring that it follows is. No worker may hold either. */
-static inline void vring_take_over(struct xv_vring *vr)
+/*
+ * A snapshot with this ring is about to be published, and no worker holds the ring, nor the one whose place it takes. Only
+ * now, when nothing can fail any more, is the guest told that kicks are not needed: the old one may have been armed.
+ */
+static inline void vring_begin(struct xv_vring *vr)
 {
 	const struct xv_vring *old = vr->follows;
 
-	if (!old)
+	if (vr->begun)
 		return;
-	vr->next = vr->published = old->next; /* between turns nothing is used and not published */
-	vr->signalled = old->signalled;
-	vr->signalled_valid = old->signalled_valid && vr->event_idx == old->event_idx;
-	vr->patience = old->patience;
-	vr->patience_at = old->patience_at;
-	vr->follows = NULL;
-	vring_disarm(vr); /* the old one may have been armed since the new one was made */
+	vr->begun = true;
+	if (old) {
+		vr->next = vr->published = old->next; /* between turns nothing is used and not published */
+		vr->signalled = old->signalled;
+		vr->signalled_valid = old->signalled_valid && vr->event_idx == old->event_idx;
+		vr->patience = old->patience;
+		vr->patience_at = old->patience_at;
+		vr->follows = NULL;
+	} else if (vr->event_idx && !vr->packed) {
+		split_arm_at(vr, (cursor)(vr->next - 1)); /* as far from being passed as it can be */
+	}
+	vring_disarm(vr);
 }
 
 /* Interrupt the guest. `worker_calling` is where the watchdog looks for a guest whose descriptor blocks. */

@@ -11,7 +11,7 @@
  * Under load, a turn that found only a few frames is followed by a pause of a microsecond: gather().
  *
  * Waiting for buffers: frames from a NIC may wait in the guest's own socket (`keep`, then the oldest are dropped); the
- * guest's kick ends the wait, or 20 ms where another worker gets that kick.
+ * guest's kick ends the wait, or 20 ms: another worker may get that kick, or take the buffers and disarm the ring.
  * Frames from another guest may wait in the sender's ring, but only for as long as the sender has patience: an eighth
  * of the time, a millisecond at once. So a guest that stops reading costs those who send to it next to nothing.
  */
@@ -74,6 +74,7 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 		return false;
 	if (unlikely(xsk->stalled_on && vring_usable(xsk->stalled_on) && !vring_has_buffers(xsk->stalled_on))) {
 		stalled = xsk->stalled_on;
+		xsk->stalled_at = cycles_now(); /* a joined frame waits for enough buffers, not for the first */
 		done = 0;
 	} else {
 		uint32_t join = switch_joins(&snap->ports[source->port]);
@@ -96,7 +97,7 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 	if (unlikely(stalled)) {
 		uint32_t oldest = xsk_rx_trim(xsk); /* they make room */
 
-		w->rx_stalls |= stalled->kick.epfd != w->epfd;
+		w->rx_stalls = true;
 		switch_drop_stalled(stalled, oldest);
 		dropped += oldest;
 	}
@@ -181,7 +182,7 @@ static bool poll_packet(struct worker *w, const struct snapshot *snap, const str
 	}
 	socket->stalled_on = stalled;
 	if (unlikely(stalled))
-		w->rx_stalls |= stalled->kick.epfd != w->epfd;
+		w->rx_stalls = true;
 	return done;
 }
 
@@ -339,16 +340,16 @@ static void arm(const struct duty *duty)
 	for (uint32_t i = 0; i < duty->nr_tx; i++) {
 		vring_arm(duty->tx[i].vring);
 		if (duty->tx[i].vring->stalled_on)
-			vring_arm(duty->tx[i].vring->stalled_on);
+			vring_arm_behind(duty->tx[i].vring->stalled_on);
 	}
 	for (uint32_t i = 0; i < duty->nr_ctrl; i++)
 		vring_arm(duty->ctrl[i].vring);
 	for (uint32_t i = 0; i < duty->nr_xsk; i++)
 		if (duty->xsk[i].xsk->stalled_on)
-			vring_arm(duty->xsk[i].xsk->stalled_on);
+			vring_arm_behind(duty->xsk[i].xsk->stalled_on);
 	for (uint32_t i = 0; i < duty->nr_packet; i++)
 		if (duty->packet[i].socket->stalled_on)
-			vring_arm(duty->packet[i].socket->stalled_on);
+			vring_arm_behind(duty->packet[i].socket->stalled_on);
 	/* pairs with the driver's barrier between moving avail.idx and reading flags or avail_event (virtio 1.2, 2.7.13.4) */
 	full_barrier();
 }

@@ -288,7 +288,8 @@ static bool tagged_fits(const struct xv_nicq *nicq, const struct xv_view *view, 
 	return view->len <= MIN(max_len + 4 * tags, nicq->most);
 }
 
-void nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uint32_t n, uint32_t max_len, uint64_t *drops)
+uint32_t nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uint32_t n, uint32_t max_len,
+		       uint64_t *drops)
 {
 	const uint32_t room = nicq->chunk - nicq->head;
 	struct xv_nicq_counters *counters = &nicq->counters;
@@ -334,6 +335,7 @@ void nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uin
 	count(counters->copied_bytes, copied);
 	count(counters->csum_finished, finished);
 	spin_unlock(&nicq->tx_lock);
+	return (uint32_t)packets;
 }
 
 bool nicq_tx_flush(struct xv_nicq *nicq)
