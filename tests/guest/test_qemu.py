@@ -50,6 +50,7 @@ class Machines:
     def __init__(self, release: Release) -> None:
         self.release = release
         self.lab = Lab(quiet=True)
+        self.world = self.lab.world  # where a failure's report looks for logs
         try:
             self.lab.net.ip("addr", "add", f"{SECOND_NET}/{PREFIX}", "dev", "eth0")
             self.specs = [*(kind.spec(self.lab) for kind in KINDS), spec(3)]
@@ -106,9 +107,11 @@ def booted(release: Release) -> Iterator[list[Machines]]:
 
 @pytest.fixture
 def machines(booted: list[Machines], release: Release) -> Machines:
-    if not booted or not booted[-1].well():
+    if booted and not booted[0].well():
+        booted.pop().lab.close()
+    if not booted:
         booted.append(Machines(release))
-    return booted[-1]
+    return booted[0]
 
 
 def test_firmware_boots_from_the_network(release: Release) -> None:

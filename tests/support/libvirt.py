@@ -4,6 +4,7 @@
 Everything of it lies in the world's directory. QEMU runs as that user, too, so socket permissions are tested for real.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -59,7 +60,8 @@ class Libvirt:
         pids = [int(path.read_text()) for path in (self.runtime / "libvirt" / "qemu" / "run").glob("vm*.pid")]
         self.process.close()
         for pid in pids:  # of domains that the test did not come to destroy
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def __enter__(self) -> Self:
         return self

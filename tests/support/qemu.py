@@ -50,8 +50,8 @@ class Release:
 
     @property
     def kernel_options(self) -> tuple[str, ...]:
-        """Without KVM, 7.2 crashes when a guest switches MSI-X on for a vhost-user device: docs/vhost-user.md."""
-        return ("pci=nomsi",) if self.version < (8, 0) else ()
+        """Without KVM, 7.2 crashes when a guest switches MSI-X on for a vhost-user device, and 10 does not."""
+        return ("pci=nomsi",) if self.version < (10, 0) else ()
 
 
 class NoRelease(Exception):
