@@ -296,6 +296,7 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "xv_guest_set_mac": (None, (c_void_p, c_char_p)),
     "xv_guest_reset": (None, (c_void_p,)),
     "xv_guest_reset_ctrl": (None, (c_void_p,)),
+    "xv_guest_set_pairs": (None, (c_void_p, c_uint32)),
     "xv_guest_mac_asks": (c_int32, (c_void_p,)),
     "xv_guest_mac_request": (c_int32, (c_void_p, POINTER(MacRequestConf))),
     "xv_guest_mac_answer": (c_int32, (c_void_p, c_int32)),
@@ -483,6 +484,10 @@ class GuestPort(_Native):
     def reset_ctrl(self) -> None:
         """Forget what it set through its control virtqueue: a new driver begins. No ring may be published."""
         library().xv_guest_reset_ctrl(self.handle)
+
+    def set_pairs(self, pairs: int) -> None:
+        """What it had set before it came here; 1 to its most. No ring may be published."""
+        library().xv_guest_set_pairs(self.handle, pairs)
 
     @property
     def asks_for_addresses(self) -> bool:

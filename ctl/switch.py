@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from . import datapath
+from . import datapath, guest_state
 from .addresses import check_addresses
 from .config import format_mac
 from .datapath import (
@@ -38,7 +38,7 @@ from .datapath import (
     Xsk,
 )
 from .errors import ConfigError, XdpvhostError
-from .vhost.errors import ProtocolError, Violation
+from .vhost.errors import ProtocolError, RequestRefused, Violation
 from .vhost.wire import DUPLEX_UNKNOWN, SPEED_UNKNOWN, NetState
 from .xdp.maps import MAX_SLOTS
 
@@ -154,10 +154,19 @@ class GuestEntry:
         self._switch.dp.quiesce()
 
     def save_state(self) -> bytes:
-        return b""
+        mac, others = self.addresses
+        own = b"" if mac == self.spec.mac else mac
+        return guest_state.encode(guest_state.ControlState(self.port.ctrl.pairs, own, others))
 
     def load_state(self, state: bytes) -> None:
-        pass
+        try:
+            loaded = guest_state.decode(state, self.max_pairs)
+            wanted = Addresses(loaded.mac or self.spec.mac, loaded.others)
+            check_addresses(self, wanted, self._switch.others(self))
+            self._switch.listen_to(self, wanted)
+        except (ValueError, XdpvhostError) as error:
+            raise RequestRefused(str(error)) from error
+        self.port.set_pairs(loaded.pairs)
 
     def reset_state(self) -> None:
         self._announced = None
@@ -308,7 +317,7 @@ class Switch:
         if wanted is None:
             return
         try:
-            check_addresses(entry, wanted, [other for other in self.guests.values() if other is not entry])
+            check_addresses(entry, wanted, self.others(entry))
             self.listen_to(entry, wanted)
         except XdpvhostError as exc:
             log.warning("guest %r: refused another address: %s", entry.name, exc)
@@ -318,6 +327,9 @@ class Switch:
             log.info("guest %r: listens to %s", entry.name, ", ".join(map(format_mac, sorted(entry.listens_to))))
         else:
             self.listen_to(entry, before)
+
+    def others(self, entry: GuestEntry) -> list[GuestEntry]:
+        return [other for other in self.guests.values() if other is not entry]
 
     def listen_to(self, entry: GuestEntry, addresses: Addresses) -> None:
         """Steer these addresses, and its SPEC's, to a guest. Raises XdpvhostError, and then nothing has changed."""

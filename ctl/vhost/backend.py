@@ -88,7 +88,6 @@ class VhostUserDevice:
     def __init__(self, port: DevicePort, connection: Connection) -> None:
         self._port = port
         self._connection = connection
-        self._features_set = False
         self._protocol_features = ProtocolFeature(0)
         self._status = 0
         self._mtu = port.mtu
@@ -208,16 +207,16 @@ class VhostUserDevice:
     def _set_features(self, payload: U64, _fds: FdBag) -> None:
         if extra := payload.value & ~self._port.device_features:
             raise ProtocolError(Violation.VALUE, f"features {extra:#x} were not offered")
-        if self._features_set and all(ring.vring is None for ring in self._rings):
+        if self._rings.negotiated and all(ring.vring is None for ring in self._rings):
             self._port.reset_state()  # another driver begins, which expects what a reset leaves
-        if self._features_set and payload.value == self._rings.features:
+        if self._rings.negotiated and payload.value == self._rings.features:
             return
         if (payload.value ^ self._rings.features) & VIRTIO_F_RING_PACKED:
             self._rings.detach(self._rings)
-            if self._features_set:  # places in a ring of the other kind mean nothing; before, they are of this kind
+            if self._rings.negotiated:  # places in a ring of the other kind mean nothing; before, they are of this kind
                 for ring in self._rings:
                     ring.base = None
-        self._rings.features, self._features_set = payload.value, True
+        self._rings.features, self._rings.negotiated = payload.value, True
         if not payload.value & F_PROTOCOL_FEATURES:
             for ring in self._rings:
                 ring.enabled = True
@@ -264,7 +263,7 @@ class VhostUserDevice:
         if self._rings.inflight is not None:
             self._rings.inflight.close()
             self._rings.inflight = None
-        self._rings.features, self._features_set, self._status = 0, False, 0
+        self._rings.features, self._rings.negotiated, self._status = 0, False, 0
         self._mtu = self._port.mtu
         self._port.reset_state()
 

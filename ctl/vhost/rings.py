@@ -6,7 +6,7 @@ Theory of operation
 A ring has facts that the front-end sets one by one, in any order: size, address, base, kick, call, enabled, started.
 The data plane has a `Vring` for it exactly while it is *runnable*:
 
-    started, address and size known, guest memory known, log known if there is to be one, and not parked
+    started, address and size known, features and guest memory known, log known if there is to be one, and not parked
 
 started   since a kick descriptor (or "no descriptor: poll") was set, until GET_VRING_BASE, RESET_DEVICE or status 0.
           The specification says "upon the first kick", but a front-end that outlived our predecessor kicked long ago
@@ -93,6 +93,7 @@ class Rings:
         self._port = port
         self._rings = [Ring(index) for index in range(2 * port.max_pairs + 1)]
         self.features = 0
+        self.negotiated = False  # by SET_FEATURES: before it, nobody knows how the rings are laid out
         self.memory: Memory | None = None
         self.memory_end = 0  # the guest physical address behind all of it
         self.log: DirtyLog | None = None
@@ -206,7 +207,7 @@ class Rings:
             old.close()
 
     def _can_run(self, ring: Ring) -> bool:
-        if self.memory is None or not ring.runnable:
+        if self.memory is None or not self.negotiated or not ring.runnable:
             return False
         return not self.logging or (self.log is not None and self.log.covers(self.memory_end))
 

@@ -289,6 +289,7 @@ XV_API const struct xv_fault *xv_guest_fault(const struct xv_guest *guest);
 XV_API void xv_guest_set_mac(struct xv_guest *guest, const uint8_t mac[6]); /* as configured; before it is published */
 XV_API void xv_guest_reset(struct xv_guest *guest); /* forget fault and control state: a new front-end session */
 XV_API void xv_guest_reset_ctrl(struct xv_guest *guest); /* forget control state: a new driver. No ring is published. */
+XV_API void xv_guest_set_pairs(struct xv_guest *guest, uint32_t pairs); /* a driver resumes. No ring is published. */
 XV_API int xv_guest_mac_asks(const struct xv_guest *guest); /* whether it asks for other addresses */
 /* 1: it asks for these addresses, and waits for xv_guest_mac_answer(); 0: it does not ask. */
 XV_API int xv_guest_mac_request(struct xv_guest *guest, struct xv_mac_request *out);

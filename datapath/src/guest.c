@@ -95,6 +95,11 @@ void guest_ctrl_begins(struct xv_guest *guest, bool resumed)
 	guest->fresh = false;
 }
 
+void xv_guest_set_pairs(struct xv_guest *guest, uint32_t pairs)
+{
+	store_once(&guest->ctrl.pairs, MIN(MAX(pairs, 1u), guest->max_pairs));
+}
+
 int xv_guest_mac_asks(const struct xv_guest *guest)
 {
 	return load_once(&guest->mac_state) == MAC_ASKED;

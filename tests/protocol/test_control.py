@@ -40,6 +40,8 @@ from support.frontend import (
     F_HOST_TSO4,
     F_MQ,
     F_MRG_RXBUF,
+    P_DEVICE_STATE,
+    FrontEnd,
     NetDevice,
 )  # fmt: skip
 from support.plane import Plane
@@ -49,6 +51,7 @@ from xdpvhost.vhost.wire import Request
 
 MAC1, MAC2, MAC3 = (bytes((0x52, 0x54, 0, 0, 0, number)) for number in (1, 2, 3))
 OTHER, GROUP, GROUP2 = (bytes.fromhex(mac) for mac in ("525400000a0a", "01005e0000fb", "333300000001"))
+STATE = PROTOCOL | P_DEVICE_STATE
 EVERYBODY = b"\xff" * 6
 
 _numbers = itertools.count(1)
@@ -104,6 +107,75 @@ def pair(plane: Plane, tmp_path: Path) -> Iterator[Pair]:
 @pytest.fixture
 def trusted(plane: Plane, tmp_path: Path) -> Iterator[Pair]:
     yield from pair_of(plane, tmp_path, mac_change="allow")
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> Iterator[Plane]:
+    with Plane(tmp_path) as plane:
+        plane.guest(4, mac_change="allow")
+        yield plane
+
+
+class TestDeviceState:
+    """What a guest has set goes with it to another back-end, which it does not tell again."""
+
+    def test_pairs_and_addresses_travel(self, four: Plane, tmp_path: Path) -> None:
+        features = FILTERS | F_MQ
+        with ControlGuest(four.path("vm1"), features=features, protocol_features=STATE, pairs=4) as guest:
+            guest.up_with_control()
+            assert guest.command(MQ, 0, struct.pack("<H", 3)) == OK
+            assert guest.command(MAC, 0, tables([OTHER], [])) == OK
+            for index in range(len(guest.queues)):
+                guest.front.get_base(index)
+            guest.front.get_base(8)
+            state = guest.front.save_state()
+            assert state is not None
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        with Plane(elsewhere) as plane:
+            entry = plane.guest(4, mac_change="allow")
+            with FrontEnd.connect(plane.path("vm1")) as front:
+                front.set_protocol_features(STATE)
+                assert front.load_state(state)
+                assert entry.port.ctrl.pairs == 3
+                assert entry.addresses == (MAC1, (OTHER,))
+                front.tell(Request.RESET_DEVICE)
+                front.sync()
+                assert (entry.port.ctrl.pairs, entry.addresses) == (1, (MAC1, ()))
+
+    def test_a_guest_that_has_set_nothing_has_no_state(self, four: Plane) -> None:
+        with FrontEnd.connect(four.path("vm1")) as front:
+            front.set_protocol_features(STATE)
+            state = front.save_state()
+            assert state == b"XVST" + struct.pack("=II", 1, 0)
+            assert front.load_state(state)
+
+    @pytest.mark.parametrize(
+        "state",
+        [
+            b"{",
+            b"[]",
+            b'{"pairs": 0}',
+            b'{"pairs": 5}',
+            b'{"pairs": 99999999999999999999}',
+            b'{"pairs": 1, "mac": "AAAA"}',
+            b'{"pairs": 1, "mac": "////////"}',
+            b'{"pairs": 1, "others": ["AAAAAAAA"]}',
+            b'{"pairs": 1, "rules": 1}',
+            b'{"pairs": 1, "others": [' + b", ".join([b'"UlQAAAAJ"'] * 17) + b"]}",
+            b'{"pairs": 1, "mac": "UlQAAAAC"}',
+        ],
+        ids=repr,
+    )
+    def test_a_hostile_state_changes_nothing(self, four: Plane, state: bytes) -> None:
+        """The last one asks for another guest's address."""
+        four.guest()
+        entry = four.switch.guests["vm1"]
+        with FrontEnd.connect(four.path("vm1")) as front:
+            front.set_protocol_features(STATE)
+            assert not front.load_state(b"XVST" + struct.pack("=II", 1, len(state)) + state)
+            assert (entry.port.ctrl.pairs, entry.addresses) == (1, (MAC1, ()))
+            front.sync()
 
 
 class TestFilter:

@@ -4,27 +4,39 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import random
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
 
 from support.endpoint import MAC
 from support.frontend import (
     F_CTRL_VQ,
+    F_LOG_ALL,
     F_MQ,
     F_MRG_RXBUF,
     F_PROTOCOL,
     F_VERSION_1,
     P_CONFIG,
+    P_LOG_SHMFD,
     P_MQ,
     P_REPLY_ACK,
     P_STATUS,
+    FrontEnd,
     GuestMemory,
+    NetDevice,
     Queue,
 )
+from support.plane import Plane
 from xdpvhost.vhost.wire import Request
 
-from .conftest import Bench
+from .conftest import Bench, MakeDevice
+from .test_guests import frame
 
 DRIVER_OK = 15
 
@@ -227,3 +239,77 @@ def test_restarted_backend_needs_no_kick(bench: Bench) -> None:
         device.up(bases=[41, 42])
         assert [ring.base for ring in bench.port.now.rings.values()] == [41, 42]
         assert all(queue.interrupts() for queue in device.queues)
+
+
+# ---- any legal order ----
+
+Step = Callable[[], object]
+
+
+def ring_steps(front: FrontEnd, device: NetDevice, index: int) -> list[Step]:
+    queue, user = device.queues[index], device.memory.user
+    return [
+        partial(front.file, Request.SET_VRING_CALL, index, queue.call_fd),
+        partial(front.state, Request.SET_VRING_NUM, index, queue.size),
+        partial(front.state, Request.SET_VRING_BASE, index, queue.base),
+        partial(front.set_addr, index, user(queue.desc), user(queue.used), user(queue.avail), 1, queue.used),
+        partial(front.file, Request.SET_VRING_KICK, index, queue.kick_fd),
+        partial(front.enable, index),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_order_brings_a_device_up_and_restarts_it(net: MakeDevice, tmp_path: Path, seed: int) -> None:
+    """Everything that a device needs, each once, shuffled; also while it logs, and again after its rings were stopped.
+
+    What is sent and received says that each ring went on at the right place.
+    """
+    rng = random.Random(seed)
+    with Plane(tmp_path) as plane:
+        plane.guest()
+        plane.guest()
+        one = net(plane.path("vm1"), protocol_features=P_LOG_SHMFD)
+        two = net(plane.path("vm2"), protocol_features=P_LOG_SHMFD)
+        log = os.memfd_create("log")
+        with one, two:
+            size = (two.memory.gpa + two.memory.size) // 4096 // 8
+            os.ftruncate(log, size)
+            for device in (one, two):
+                front = device.connect()
+                features = device.features | (F_LOG_ALL if rng.random() < 0.5 else 0)
+                steps: list[Step] = [
+                    partial(front.set_protocol_features, P_LOG_SHMFD),
+                    partial(front.tell, Request.SET_OWNER),
+                    partial(front.set_features, features),
+                    partial(front.set_mem_table, device.memory.slots, [device.memory.fd]),
+                    partial(front.set_log, log, size),
+                    *ring_steps(front, device, 0),
+                    *ring_steps(front, device, 1),
+                ]
+                rng.shuffle(steps)
+                for step in steps:
+                    step()
+                front.sync()
+            two.post(64)
+            number = 0
+            for _ in range(6):
+                expected = [frame(number + n) for n in range(5)]
+                for data in expected:
+                    one.send(data)
+                number += 5
+                assert [got for _, got in two.receive(5)] == expected
+                one.sent()
+                for device, index in ((one, 1), (two, 0)):
+                    if rng.random() < 0.7:
+                        base = device.front.get_base(index)
+                        list(device.received()) if index == 0 else device.sent()
+                        assert base == device.queues[index].base, "where the driver is, too"
+                        again = [step for step in ring_steps(device.front, device, index) if rng.random() < 0.6]
+                        kick = partial(device.front.file, Request.SET_VRING_KICK, index, device.queues[index].kick_fd)
+                        again += [kick] * 2
+                        rng.shuffle(again)
+                        for step in again:
+                            step()
+                        device.front.sync()
+        os.close(log)
+        assert plane.faults == []

@@ -79,6 +79,10 @@ class Plane:
     def __exit__(self, _t: type[BaseException] | None, _e: BaseException | None, _tb: TracebackType | None) -> None:
         self._stack.close()
 
+    def path(self, name: str) -> Path:
+        """A guest's socket."""
+        return self._directory / f"{name}.sock"
+
     def guest(self, pairs: int = 1, timeout: float = 10.0, mac_change: str = "deny") -> GuestEntry:
         """Configures one more guest and serves its socket."""
         number = len(self.endpoints) + 1
