@@ -709,6 +709,27 @@ static void test_event_idx(void)
 	world_free(&w);
 }
 
+/* A frame that waits for more buffers than there are: the guest is asked for a kick behind those. */
+static void test_armed_behind(void)
+{
+	struct ring *r;
+
+	world_init(&w, 2, FEATURES | 1ull << VIRTIO_RING_F_EVENT_IDX | 1ull << VIRTIO_NET_F_MRG_RXBUF, 8, 0);
+	w.dp->cycles_per_us = 1ull << 40; /* the sender waits */
+	r = &w.guests[1].ring[0];
+	make_frame(frame, 500, w.guests[1].mac, w.guests[0].mac, 1);
+	ring_buffer(&w.guests[1], r, 300, VRING_DESC_F_WRITE);
+	driver_send(&w.guests[0], frame, 500);
+	world_run(&w);
+	CHECK(w.guests[0].ring[1].vr->stalled_on == r->vr);
+	vring_arm_behind(r->vr);
+	CHECK_EQ(*avail_event_of(r->vr), 1);
+	ring_buffer(&w.guests[1], r, 300, VRING_DESC_F_WRITE);
+	world_run(&w);
+	CHECK(ring_reap(r, NULL) >= 0);
+	world_free(&w);
+}
+
 static void test_no_interrupt_flag(void)
 {
 	struct ring *r;
@@ -835,6 +856,7 @@ int main(void)
 	test_faults();
 	test_receive_faults();
 	test_event_idx();
+	test_armed_behind();
 	test_no_interrupt_flag();
 	test_wrap_and_restart();
 	test_ring_checks();

@@ -282,6 +282,86 @@ static void test_inflight(void)
 	free(memory);
 }
 
+/* Killed after it used a burst and before it published it: the successor goes on at the first that the ring doesn't show. */
+static void test_inflight_burst(void)
+{
+	const uint32_t size = xv_inflight_size(8, 1);
+	uint8_t *memory = aligned_alloc(64, size + 64);
+	const struct xv_region region = {0, size + 64, 0, (uintptr_t)memory};
+	struct vring_desc descs[3];
+	struct xv_buf bufs[3];
+	struct xv_mem *shared;
+	struct pring *r;
+
+	pworld_init(&w, PACKED, 8);
+	r = &w.ring[0][1];
+	memset(memory, 0, size + 64);
+	CHECK_EQ(xv_mem_new(&region, 1, w.guest[0].guest, &shared), 0);
+	restart(&w.guest[0], r, 0x80008000u, shared, 0);
+	for (uint32_t i = 0; i < 3; i++)
+		send_cut(frame, 64, 1000, false);
+	CHECK_EQ(vring_peek(r->vr, true, r->vr->next, bufs, descs, 3), 3);
+	vring_use(r->vr, true, bufs, NULL, 3);
+	restart(&w.guest[0], r, 0x80008000u, shared, 0);
+	for (uint32_t i = 0; i < 3; i++)
+		CHECK(pring_reap(r, NULL) >= 0);
+	for (uint32_t i = 0; i < 40; i++) { /* and for ever */
+		w.guest[0].top = w.guest[1].top = MEMORY / 2;
+		make_frame(frame, 64, w.guest[1].mac, w.guest[0].mac, (uint8_t)i);
+		post(1, 256);
+		send_cut(frame, 64, 1000, false);
+		pworld_run(&w);
+		expect(64, 1);
+	}
+	pworld_free(&w);
+	xv_mem_free(shared);
+	free(memory);
+}
+
+/* A frame that waits for more buffers than there are: the guest is asked for a kick behind those. */
+static void test_armed_behind(void)
+{
+	struct pring *r;
+
+	pworld_init(&w, PACKED | 1ull << VIRTIO_RING_F_EVENT_IDX | 1ull << VIRTIO_NET_F_MRG_RXBUF, 5);
+	r = &w.ring[1][0];
+	w.dp->cycles_per_us = 1ull << 40; /* the sender waits */
+	for (uint32_t i = 0; i < 20; i++) {
+		w.guest[0].top = w.guest[1].top = MEMORY / 2;
+		make_frame(frame, 500, w.guest[1].mac, w.guest[0].mac, (uint8_t)i);
+		post(1, 203);
+		post(1, 203);
+		send_cut(frame, 500, 1000, false);
+		pworld_run(&w);
+		CHECK(w.ring[0][1].vr->stalled_on == r->vr);
+		vring_arm_behind(r->vr);
+		CHECK_EQ(r->device->flags, VRING_PACKED_EVENT_FLAG_DESC);
+		CHECK_EQ(r->device->off_wrap, r->next | (uint32_t)r->wrap << 15);
+		post(1, 203);
+		pworld_run(&w);
+		expect(500, 3);
+	}
+	pworld_free(&w);
+}
+
+/* Chains towards a guest are not measured ahead: what a turn looks at grows with its frames, not with their square. */
+static void test_chains_are_not_measured_ahead(void)
+{
+	struct vring_desc descs[4];
+	struct xv_buf bufs[4];
+	struct part parts[2];
+
+	pworld_init(&w, PACKED, 16);
+	post(1, 203);
+	parts[0] = part(&w.guest[1], 100, VRING_DESC_F_WRITE);
+	parts[1] = part(&w.guest[1], 100, VRING_DESC_F_WRITE);
+	pring_add(&w.ring[1][0], parts, 2);
+	pring_add(&w.ring[1][0], parts, 2);
+	CHECK_EQ(vring_peek_plain(w.ring[1][0].vr, true, w.ring[1][0].vr->next, bufs, descs, 4), 2);
+	CHECK_EQ(vring_peek(w.ring[1][0].vr, true, w.ring[1][0].vr->next, bufs, descs, 4), 3);
+	pworld_free(&w);
+}
+
 /* The guest is given up with this fault; the other one is still served. */
 static void expect_fault(enum xv_fault_code code)
 {
@@ -402,6 +482,9 @@ int main(void)
 	test_event_suppression();
 	test_restart();
 	test_inflight();
+	test_inflight_burst();
+	test_armed_behind();
+	test_chains_are_not_measured_ahead();
 	test_faults();
 	test_ring_checks();
 	puts("ok");
