@@ -313,20 +313,27 @@ class Switch:
         return None if soonest is None else soonest - now
 
     def _serve_request(self, entry: GuestEntry) -> None:
+        """A request that was taken is answered, whatever goes wrong: until then the guest can make no other one."""
         wanted, before = entry.port.asked_addresses(), entry.addresses
         if wanted is None:
             return
+        granted = False
         try:
             check_addresses(entry, wanted, self.others(entry))
             self.listen_to(entry, wanted)
+            granted = True
         except XdpvhostError as exc:
             log.warning("guest %r: refused another address: %s", entry.name, exc)
-            entry.port.answer_addresses(False)
-            return
-        if entry.port.answer_addresses(True):
-            log.info("guest %r: listens to %s", entry.name, ", ".join(map(format_mac, sorted(entry.listens_to))))
+        except Exception:
+            log.exception("guest %r: refused another address, by a bug in xdpvhost; please report it", entry.name)
+        if entry.port.answer_addresses(granted):
+            if granted:
+                log.info("guest %r: listens to %s", entry.name, ", ".join(map(format_mac, sorted(entry.listens_to))))
         else:
-            self.listen_to(entry, before)
+            try:
+                self.listen_to(entry, before)
+            except XdpvhostError as exc:
+                log.error("guest %r: keeps addresses that it gave up waiting for: %s", entry.name, exc)
 
     def others(self, entry: GuestEntry) -> list[GuestEntry]:
         return [other for other in self.guests.values() if other is not entry]

@@ -303,6 +303,17 @@ class TestAddress:
         assert entry.listens_to == {MAC1}
         assert entry.mac == MAC1
 
+    def test_a_bug_of_ours_is_a_refusal(self, trusted: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And the next request is served again."""
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("asked to fail")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("xdpvhost.switch.check_addresses", broken)
+            assert trusted.guest.command(MAC, 1, OTHER) == ERR
+        assert trusted.guest.command(MAC, 1, OTHER) == OK
+
     def test_many_changes(self, trusted: Pair) -> None:
         """Each is answered, and what is steered to the guest is what it asked for last."""
         for number in range(20):
