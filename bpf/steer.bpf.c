@@ -27,12 +27,8 @@ struct vlan_tag {
 	__be16 proto;
 };
 
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, STEER_MAX_MACS);
-	__type(key, struct steer_mac);
-	__type(value, struct steer_guest);
-} guests SEC(".maps");
+const volatile struct steer_config config;
+volatile struct steer_entry table[STEER_ENTRIES];
 
 struct {
 	__uint(type, BPF_MAP_TYPE_XSKMAP);
@@ -40,13 +36,6 @@ struct {
 	__type(key, __u32);
 	__type(value, __u32);
 } xsks SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct steer_config);
-} config SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -62,26 +51,54 @@ struct {
 } XDP_RUN_CONFIG(xdpvhost_steer);
 
 /* A queue that the NIC got after control looked is counted at queue 0: its own row would be the next slot's. */
-static __always_inline void count(const struct steer_config *conf, __u32 queue, int slot, enum steer_verdict verdict)
+static __always_inline void count(__u32 queue, int slot, enum steer_verdict verdict)
 {
-	__u32 row = STEER_ROW(conf->nr_queues, slot, queue < conf->nr_queues ? queue : 0);
+	__u32 row = STEER_ROW(config.nr_queues, slot, queue < config.nr_queues ? queue : 0);
 	struct steer_counts *counts = bpf_map_lookup_elem(&verdicts, &row);
 
 	if (counts)
 		counts->frames[verdict]++;
 }
 
-static __always_inline const struct steer_guest *find_guest(const struct ethhdr *eth, __u16 vlan, int tagged)
+/* The destination address as a key, in three reads: it is aligned to two bytes, which the header's type does not say. */
+static __always_inline __u64 make_key(const struct ethhdr *eth, __u16 vlan)
 {
-	const struct steer_guest *guest;
-	struct steer_mac key = { .vlan = vlan };
+	const __u16 *mac = (const void *)eth->h_dest;
+	union {
+		__u16 words[4];
+		__u64 key;
+	} u = { .words = { vlan, mac[0], mac[1], mac[2] } };
 
-	__builtin_memcpy(key.mac, eth->h_dest, sizeof(key.mac));
-	guest = bpf_map_lookup_elem(&guests, &key);
-	if (guest || !tagged)
-		return guest;
-	key.vlan = STEER_VLAN_ANY;
-	return bpf_map_lookup_elem(&guests, &key);
+	return u.key;
+}
+
+/* The slot that has this key, or -1. */
+static __always_inline int find(__u64 key)
+{
+	__u32 at = STEER_HASH(key);
+
+	for (int i = 0; i < STEER_PROBES; i++, at++) {
+		volatile struct steer_entry *entry = &table[at & (STEER_ENTRIES - 1)];
+		__u64 found = entry->key;
+
+		if (found == STEER_EMPTY)
+			break;
+		if (found == key) {
+			__u32 slot = entry->slot;
+
+			return entry->key == key ? (int)slot : -1;
+		}
+	}
+	return -1;
+}
+
+static __always_inline int find_guest(const struct ethhdr *eth, __u16 vlan, int tagged)
+{
+	int slot = find(make_key(eth, vlan));
+
+	if (slot < 0 && tagged)
+		slot = find(make_key(eth, STEER_VLAN_ANY));
+	return slot;
 }
 
 SEC("xdp")
@@ -91,28 +108,25 @@ int xdpvhost_steer(struct xdp_md *ctx)
 	const void *end = (const void *)(long)ctx->data_end;
 	const struct ethhdr *eth = data;
 	const struct vlan_tag *tag = data + sizeof(*eth);
-	const struct steer_config *conf;
-	const struct steer_guest *guest;
 	__u32 queue = ctx->rx_queue_index;
-	__u32 zero = 0;
 	__u16 vlan = STEER_VLAN_NONE;
 	int tagged = 0;
 	int action;
+	int slot;
 
-	conf = bpf_map_lookup_elem(&config, &zero);
-	if (!conf || !conf->nr_queues)
+	if (!config.nr_queues)
 		return XDP_PASS;
 	if (data + sizeof(*eth) > end) {
-		count(conf, queue, STEER_HOST, STEER_SHORT);
+		count(queue, STEER_HOST, STEER_SHORT);
 		return XDP_PASS;
 	}
 	if (eth->h_dest[0] & 1) {
-		count(conf, queue, STEER_HOST, STEER_PASS_MULTICAST);
+		count(queue, STEER_HOST, STEER_PASS_MULTICAST);
 		return XDP_PASS;
 	}
 	if (eth->h_proto == bpf_htons(ETH_P_8021Q)) {
 		if ((const void *)(tag + 1) > end) {
-			count(conf, queue, STEER_HOST, STEER_SHORT);
+			count(queue, STEER_HOST, STEER_SHORT);
 			return XDP_PASS;
 		}
 		vlan = bpf_ntohs(tag->tci) & VLAN_VID_MASK;
@@ -122,15 +136,15 @@ int xdpvhost_steer(struct xdp_md *ctx)
 		tagged = 1;
 	}
 
-	guest = find_guest(eth, vlan, tagged);
-	if (!guest) {
-		count(conf, queue, STEER_HOST, STEER_PASS_UNICAST);
+	slot = find_guest(eth, vlan, tagged);
+	if (slot < 0) {
+		count(queue, STEER_HOST, STEER_PASS_UNICAST);
 		return XDP_PASS;
 	}
 	action = XDP_DROP;
-	if (queue < conf->nr_queues)
-		action = bpf_redirect_map(&xsks, STEER_XSK(conf->nr_queues, guest->slot, queue), XDP_DROP);
-	count(conf, queue, guest->slot, action == XDP_REDIRECT ? STEER_REDIRECT : STEER_NO_SOCKET);
+	if (queue < config.nr_queues)
+		action = bpf_redirect_map(&xsks, STEER_XSK(config.nr_queues, slot, queue), XDP_DROP);
+	count(queue, slot, action == XDP_REDIRECT ? STEER_REDIRECT : STEER_NO_SOCKET);
 	return action;
 }
 

@@ -12,21 +12,36 @@
 #define STEER_VLAN_ANY 0xffff  /* every tagged frame whose own VLAN has no entry */
 
 /* Sizes before control sets the real ones, ahead of loading. */
-#define STEER_MAX_MACS 1024
 #define STEER_MAX_SLOTS 512
 #define STEER_MAX_QUEUES 64
 
-/* Map `guests`, hash: who owns an address in a VLAN. */
+/*
+ * Section .bss: who owns an address in a VLAN, an open-addressed table that the program reads without a helper call, and
+ * that control writes through a mapping. An address is in one of the STEER_PROBES entries from STEER_HASH() on, before
+ * the first that is empty; one that was taken out leaves `gone` behind, unless nothing follows.
+ *
+ * Control writes an entry's slot before its key, and the program looks at the key once more after the slot: an entry that
+ * changes hands meanwhile is nobody's.
+ */
 struct steer_mac {
 	__u16 vlan; /* host byte order */
 	__u8 mac[6];
 };
 
-struct steer_guest {
+struct steer_entry {
+	__u64 key;  /* struct steer_mac; STEER_EMPTY; STEER_GONE */
 	__u32 slot;
+	__u32 unused;
 };
 
-/* Map `config`, array of one. All zero: nothing is steered. */
+#define STEER_BITS 16
+#define STEER_ENTRIES (1 << STEER_BITS) /* at most 28 % of them taken: see MAX_MACS */
+#define STEER_PROBES 32
+#define STEER_HASH(key) ((__u32)(((key) * 0x9e3779b97f4a7c15ull) >> (64 - STEER_BITS)))
+#define STEER_EMPTY 0
+#define STEER_GONE_MAC 0x01 /* first byte of the address in an entry that is gone: a group's, which is never looked up */
+
+/* Section .rodata, set before loading, so that the verifier sees constants. All zero: nothing is steered. */
 struct steer_config {
 	__u32 nr_queues; /* receive queues of the NIC */
 };

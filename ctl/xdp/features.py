@@ -19,7 +19,7 @@ from ..links.netdev import DeviceFeatures, XdpFeatures, device_features
 from ..links.netlink import Link, get_link
 from ..links.nicprep import VLAN_PARSING
 from .libbpf import BpfObject, attach_replacement, captured_log
-from .maps import MAX_QUEUES
+from .maps import MAX_QUEUES, size_maps
 from .program import OBJECT, PROGRAM, attached, bpffs
 from .umem import checksums_here, framing_for, largest_mtu
 from .xsk import AF_XDP
@@ -70,6 +70,7 @@ def _program() -> Feature:
     name = "xdp-program"
     try:
         with captured_log(), BpfObject(OBJECT) as obj:
+            size_maps(obj, 1)  # with nothing to do the verifier would see nothing
             obj.load()
     except OSError as exc:
         remedy = "run as root" if exc.errno == errno.EPERM else "the log at debug level has what the verifier said"

@@ -120,6 +120,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_program__set_attach_target": (c_int, (c_void_p, c_int, c_char_p)),
     "bpf_raw_tracepoint_open": (c_int, (c_char_p, c_int)),
     "bpf_map__fd": (c_int, (c_void_p,)),
+    "bpf_map__set_initial_value": (c_int, (c_void_p, c_char_p, c_size_t)),
     "bpf_map__set_max_entries": (c_int, (c_void_p, c_uint32)),
     "bpf_map__max_entries": (c_uint32, (c_void_p,)),
     "bpf_map__key_size": (c_uint32, (c_void_p,)),
@@ -216,6 +217,11 @@ class Map:
     def set_max_entries(self, count: int) -> None:
         """Before the object is loaded."""
         check(libbpf().bpf_map__set_max_entries(self._handle, count), f"BPF map {self._name}: {count} entries")
+
+    def set_initial(self, value: bytes) -> None:
+        """Before the object is loaded: what a section of global data holds at first."""
+        result = libbpf().bpf_map__set_initial_value(self._handle, value, len(value))
+        check(result, f"BPF map {self._name}: {len(value)} bytes at first")
 
     def update(self, key: bytes, value: bytes) -> None:
         assert len(key) == self.key_size

@@ -7,8 +7,11 @@ its own before all slots.
 
 from __future__ import annotations
 
+import errno
+import mmap
 import struct
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 
 from .libbpf import BpfObject
 
@@ -23,7 +26,10 @@ MAX_QUEUES = 64
 MAX_MACS = 2 * MAX_SLOTS * 18  # with and without a tag: of the SPEC, of the guest, and 16 others
 
 MAC = struct.Struct("=H6s")  # struct steer_mac
-GUEST = struct.Struct("=I")  # struct steer_guest
+ENTRY = struct.Struct("=QI4x")  # struct steer_entry
+ENTRIES, PROBES = 1 << 16, 32
+EMPTY = 0
+GONE = int.from_bytes(MAC.pack(0, b"\x01\0\0\0\0\0"), sys.byteorder)
 CONFIG = struct.Struct("=I")  # struct steer_config
 COUNTS = struct.Struct(f"={len(VERDICTS)}Q")  # struct steer_counts
 INDEX = struct.Struct("=I")
@@ -40,10 +46,76 @@ def xsk_index(nr_queues: int, slot: int, queue: int) -> int:
 
 
 def size_maps(obj: BpfObject, nr_queues: int) -> None:
-    """Before loading: room for MAX_SLOTS guests on `nr_queues` receive queues."""
-    obj.map("guests").set_max_entries(MAX_MACS)
+    """Before loading: `nr_queues` receive queues, and room for MAX_SLOTS guests on each."""
     obj.map("xsks").set_max_entries(MAX_SLOTS * nr_queues)
     obj.map("verdicts").set_max_entries((MAX_SLOTS + 1) * nr_queues)
+    obj.map(".rodata").set_initial(CONFIG.pack(nr_queues))
+
+
+def hash_of(key: int) -> int:
+    """STEER_HASH."""
+    return (key * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 48
+
+
+class AddressTable:
+    """The table of addresses, written in place while the program reads it: see bpf/steer.h for the order."""
+
+    def __init__(self, fd: int) -> None:
+        self._map = mmap.mmap(fd, ENTRIES * ENTRY.size)
+        self._keys = memoryview(self._map).cast("Q")  # 64 bits in one store; entry `at` has its key at 2 * at
+        self._slots = memoryview(self._map).cast("I")
+
+    def close(self) -> None:
+        self._keys.release()
+        self._slots.release()
+        self._map.close()
+
+    def _window(self, key: int) -> Iterator[int]:
+        at = hash_of(key)
+        return (at + i & ENTRIES - 1 for i in range(PROBES))
+
+    def _find(self, key: int) -> int | None:
+        for at in self._window(key):
+            found = self._keys[2 * at]
+            if found == EMPTY:
+                return None
+            if found == key:
+                return at
+        return None
+
+    def get(self, key: int) -> int | None:
+        at = self._find(key)
+        return None if at is None else self._slots[4 * at + 2]
+
+    def put(self, key: int, slot: int) -> None:
+        """Raises OSError (E2BIG) when the address's part of the table is full."""
+        at = self._find(key)
+        if at is None:
+            at = next((at for at in self._window(key) if self._keys[2 * at] in (EMPTY, GONE)), None)
+        if at is None:
+            raise OSError(errno.E2BIG, "the XDP program's table of addresses is full")
+        self._slots[4 * at + 2] = slot
+        self._keys[2 * at] = key
+
+    def drop(self, key: int) -> bool:
+        at = self._find(key)
+        if at is None:
+            return False
+        last = self._keys[2 * (at + 1 & ENTRIES - 1)] == EMPTY
+        self._keys[2 * at] = EMPTY if last else GONE
+        while last and self._keys[2 * (at := at - 1 & ENTRIES - 1)] == GONE:  # nothing follows these now
+            self._keys[2 * at] = EMPTY
+        return True
+
+    def items(self) -> Iterator[tuple[int, int]]:
+        for at in range(ENTRIES):
+            key = self._keys[2 * at]
+            if key not in (EMPTY, GONE):
+                yield key, self._slots[4 * at + 2]
+
+
+def _key(vlan: int, mac: bytes) -> int:
+    return int.from_bytes(MAC.pack(vlan, mac), sys.byteorder)
 
 
 class SteerMaps:
@@ -51,34 +123,30 @@ class SteerMaps:
 
     def __init__(self, obj: BpfObject, nr_queues: int) -> None:
         self.nr_queues = nr_queues
-        self._guests = obj.map("guests")
+        self._table = AddressTable(obj.map(".bss").fd)
         self._xsks = obj.map("xsks")
         self._verdicts = obj.map("verdicts")
-        self._config = obj.map("config")
 
-    def activate(self) -> None:
-        """Tell the program the number of queues: until then it passes everything."""
-        self._config.update(INDEX.pack(0), CONFIG.pack(self.nr_queues))
+    def close(self) -> None:
+        """Lets go of the mapping; the table stays as long as the program."""
+        self._table.close()
 
     def set_mac(self, vlan: int, mac: bytes, slot: int) -> None:
-        self._guests.update(MAC.pack(vlan, mac), GUEST.pack(slot))
+        self._table.put(_key(vlan, mac), slot)
 
     def clear_mac(self, vlan: int, mac: bytes) -> bool:
-        return self._guests.delete(MAC.pack(vlan, mac))
+        return self._table.drop(_key(vlan, mac))
 
     def owner(self, vlan: int, mac: bytes) -> int | None:
         """The slot that has an address."""
-        value = self._guests.lookup(MAC.pack(vlan, mac))
-        return None if value is None else int(GUEST.unpack(value)[0])
+        return self._table.get(_key(vlan, mac))
 
     def macs(self) -> dict[tuple[int, bytes], int]:
-        """(VLAN, MAC) -> slot, as the kernel has it."""
+        """(VLAN, MAC) -> slot, as the program has it."""
         found: dict[tuple[int, bytes], int] = {}
-        for key in list(self._guests.keys()):
-            value = self._guests.lookup(key)
-            if value is not None:
-                vlan, mac = MAC.unpack(key)
-                found[vlan, mac] = GUEST.unpack(value)[0]
+        for key, slot in self._table.items():
+            vlan, mac = MAC.unpack(key.to_bytes(MAC.size, sys.byteorder))
+            found[vlan, mac] = slot
         return found
 
     def set_socket(self, slot: int, queue: int, fd: int) -> None:

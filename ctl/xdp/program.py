@@ -108,7 +108,6 @@ class SteerProgram:
         self.dispatcher_detail = _dispatcher_detail(self.dispatcher)
         self.native_refusal: str | None = None
         self.maps = SteerMaps(obj, nr_queues)
-        self.maps.activate()
 
     @classmethod
     def attach(
@@ -171,6 +170,7 @@ class SteerProgram:
     def close(self) -> bool:
         """Detach, then unload. Logs a failure, never raises. Whether it is off; a device that is gone is rid of it."""
         is_off = True
+        self.maps.close()
         handle, self._handle = self._handle, None
         obj, self._object = self._object, None
         if handle is not None:

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The XDP program as tables: a frame at a receive queue, the verdict, and who counted it."""
 
+import itertools
 import os
 import re
 import socket
 import struct
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -139,7 +143,7 @@ def bench() -> Iterator[Bench]:
             maps.size_maps(obj, QUEUES)
             obj.load()
             steering = SteerMaps(obj, QUEUES)
-            steering.activate()
+            world.stack.callback(steering.close)
             for vlan, mac, slot in MACS:
                 steering.set_mac(vlan, mac, slot)
             for slot in LISTENING:
@@ -205,13 +209,13 @@ def test_a_queue_that_control_does_not_know(bench: Bench) -> None:
         maps.size_maps(obj, 2)
         obj.load()
         steering = SteerMaps(obj, 2)
-        steering.activate()
         steering.set_mac(0, UNTAGGED, 0)
         steering.set_socket(1, 0, sock.fileno())  # at index 2, as (slot 0, queue 2) would be
         few = Bench(obj.program_fd(PROGRAM), steering, bench.ifindex)
         assert few.run(frame(UNTAGGED), queue=2) == XDP_DROP
         assert few.run(frame(STRANGER), queue=3) == XDP_PASS
         assert few.counted() == {(0, 0, "no_socket"): 1, (None, 0, "pass_unicast"): 1}
+        steering.close()
 
 
 def test_unconfigured_passes_everything(bench: Bench) -> None:
@@ -222,6 +226,80 @@ def test_unconfigured_passes_everything(bench: Bench) -> None:
         idle = Bench(obj.program_fd(PROGRAM), steering, bench.ifindex)
         assert idle.run(frame(UNTAGGED)) == XDP_PASS
         assert not idle.counted()
+        steering.close()
+
+
+def colliding(count: int) -> list[bytes]:
+    """Addresses whose search begins at the same entry of the table."""
+    found: list[bytes] = []
+    wanted = None
+    for number in itertools.count():
+        mac = b"\x52" + number.to_bytes(5, "big")
+        at = maps.hash_of(int.from_bytes(maps.MAC.pack(0, mac), sys.byteorder))
+        wanted = at if wanted is None else wanted
+        if at == wanted:
+            found.append(mac)
+            if len(found) == count:
+                return found
+    raise AssertionError
+
+
+def test_addresses_that_collide(bench: Bench) -> None:
+    """As many as the program looks at are found, one more is refused, and taking some out hides none."""
+    macs = colliding(maps.PROBES + 1)
+    for mac in macs[:-1]:
+        bench.maps.set_mac(0, mac, 0)
+    with pytest.raises(OSError, match="full"):
+        bench.maps.set_mac(0, macs[-1], 0)
+    assert all(bench.run(frame(mac)) == XDP_REDIRECT for mac in macs[:-1])
+    gone, left = macs[:-1:2], macs[1:-1:2]
+    assert all(bench.maps.clear_mac(0, mac) for mac in gone)
+    assert all(bench.run(frame(mac)) == XDP_PASS for mac in gone)
+    assert all(bench.run(frame(mac)) == XDP_REDIRECT for mac in left)
+    bench.maps.set_mac(0, macs[-1], 2)
+    assert bench.maps.owner(0, macs[-1]) == 2
+    assert bench.run(frame(macs[-1])) == XDP_REDIRECT
+    for mac in (*left, macs[-1]):
+        assert bench.maps.clear_mac(0, mac)
+    assert bench.maps.macs() == {(vlan, mac): slot for vlan, mac, slot in MACS}
+
+
+def test_the_table_holds_all_addresses_there_can_be(bench: Bench) -> None:
+    random = Random(7)
+    macs = {b"\x52" + random.randbytes(5): n % 512 for n in range(maps.MAX_MACS - len(MACS))}
+    for mac, slot in macs.items():
+        bench.maps.set_mac(0, mac, slot)
+    assert all(bench.maps.owner(0, mac) == slot for mac, slot in macs.items())
+    assert len(bench.maps.macs()) == maps.MAX_MACS
+    for mac in macs:
+        assert bench.maps.clear_mac(0, mac)
+    assert bench.maps.macs() == {(vlan, mac): slot for vlan, mac, slot in MACS}
+
+
+def test_an_address_changes_hands_under_traffic(bench: Bench) -> None:
+    """What is for one guest never reaches another, while others come and go in the same entries."""
+    first, second = colliding(2)
+    before = bench.counted()
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            bench.maps.set_mac(0, first, 0)
+            bench.maps.clear_mac(0, first)
+            bench.maps.set_mac(0, second, 1)
+            bench.maps.clear_mac(0, second)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(20000):
+            bench.run(frame(first))
+    finally:
+        stop.set()
+        thread.join()
+    after = bench.counted()
+    changed = {key for key, count in after.items() if count != before.get(key, 0)}
+    assert changed <= {(0, 0, "redirect"), (None, 0, "pass_unicast")}
 
 
 def test_mirror() -> None:
@@ -236,12 +314,16 @@ def test_mirror() -> None:
     assert defines["VLAN_ANY"] == maps.VLAN_ANY
     assert defines["MAX_SLOTS"] == maps.MAX_SLOTS
     assert defines["MAX_QUEUES"] == maps.MAX_QUEUES
+    assert 1 << defines["BITS"] == maps.ENTRIES
+    assert defines["PROBES"] == maps.PROBES
+    assert defines["EMPTY"] == maps.EMPTY
+    assert maps.MAC.unpack(maps.GONE.to_bytes(8, sys.byteorder))[1][0] == defines["GONE_MAC"]
     with BpfObject(OBJECT) as obj:
-        sizes = {name: (obj.map(name).key_size, obj.map(name).value_size) for name in ("guests", "config", "verdicts")}
+        sizes = {name: obj.map(name).value_size for name in (".bss", ".rodata", "verdicts")}
         assert sizes == {
-            "guests": (maps.MAC.size, maps.GUEST.size),
-            "config": (maps.INDEX.size, maps.CONFIG.size),
-            "verdicts": (maps.INDEX.size, maps.COUNTS.size),
+            ".bss": maps.ENTRIES * maps.ENTRY.size,
+            ".rodata": maps.CONFIG.size,
+            "verdicts": maps.COUNTS.size,
         }
         maps.size_maps(obj, 3)
         assert obj.map("xsks").max_entries == maps.xsk_index(3, maps.MAX_SLOTS - 1, 2) + 1
