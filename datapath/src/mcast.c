@@ -5,6 +5,9 @@
  * veth sent them. PACKET_VNET_HDR tells what lacks its checksum and what stands for many, PACKET_AUXDATA what had
  * its VLAN tag taken out.
  *
+ * A frame that stands for many, for a guest that takes such, is only peeked at: what is viewed is a copy of its headers, and
+ * placing it receives it into the guest's buffers, which is the only copy. A stream of such frames is told by the last one.
+ *
  * Frames that a guest has no buffers for stay in their slots, and nothing more is read until they have gone: what comes
  * meanwhile waits in that socket.
  */
@@ -97,13 +100,56 @@ static void receive(struct xv_mcast *mcast)
 		count(mcast->counters.packets, 1);
 		count(mcast->counters.bytes, view->len);
 		bytes += view->len;
+		mcast->large = view->gso_type;
 		mcast->nr++;
 	}
 }
 
-void mcast_rx_burst(struct xv_mcast *mcast, struct xv_burst *burst)
+/* View the next frame where it is. False: there is one, and it is to be received. */
+static bool peek(struct xv_mcast *mcast, uint32_t takes)
 {
-	if (likely(!mcast->nr))
+	struct mcast_slot *slot = &mcast->slots[0];
+	struct iovec iov[2] = {{&slot->hdr, sizeof(slot->hdr)}, {mcast->buffers, GSO_HEADER_MAX}};
+	struct xv_view *view = &mcast->views[0];
+	const struct tpacket_auxdata *aux;
+	ssize_t len;
+
+	slot->msg.msg_iov = iov;
+	slot->msg.msg_controllen = sizeof(slot->control);
+	len = recvmsg(mcast->rx.fd, &slot->msg, MSG_DONTWAIT | MSG_PEEK | MSG_TRUNC);
+	slot->msg.msg_iov = slot->iov;
+	if (len < 0)
+		return errno == EAGAIN;
+	len -= (ssize_t)sizeof(slot->hdr);
+	if (len < (ssize_t)GSO_HEADER_MAX || len > (ssize_t)NET_MAX_FRAME)
+		return false;
+	aux = auxdata(&slot->msg);
+	*view = (struct xv_view){.first = {mcast->buffers, GSO_HEADER_MAX}, .len = (uint32_t)len, .socket = mcast};
+	mcast->large = net_header_in(&slot->hdr, true, takes, view) && view->gso_type;
+	if (!mcast->large || (aux && aux->tp_status & TP_STATUS_VLAN_VALID) || !gso_check(view, &slot->gso))
+		return false;
+	view->gso = NULL; /* it is not to be cut: `takes` has been asked */
+	view->flags |= VIEW_SOCKET;
+	mcast->nr = 1;
+	mcast->waits = true;
+	return true;
+}
+
+int64_t mcast_fetch(struct xv_mcast *mcast, struct iovec *iov, uint32_t n)
+{
+	struct msghdr msg = {.msg_iov = iov, .msg_iovlen = n};
+
+	mcast->waits = false;
+	return recvmsg(mcast->rx.fd, &msg, MSG_DONTWAIT | MSG_TRUNC) - (ssize_t)sizeof(struct virtio_net_hdr);
+}
+
+void mcast_rx_burst(struct xv_mcast *mcast, struct xv_burst *burst, uint32_t takes)
+{
+	if (unlikely(mcast->waits)) { /* it had no buffers; meanwhile it may take other frames */
+		mcast->nr = 0;
+		mcast->waits = false;
+	}
+	if (likely(!mcast->nr) && !(mcast->large && takes && peek(mcast, takes)))
 		receive(mcast);
 	burst->nr = mcast->nr - mcast->done;
 	burst->nr_segs = 0;
@@ -112,6 +158,12 @@ void mcast_rx_burst(struct xv_mcast *mcast, struct xv_burst *burst)
 
 void mcast_rx_release(struct xv_mcast *mcast, uint32_t n)
 {
+	if (n && mcast->views[0].flags & VIEW_SOCKET) {
+		if (mcast->waits) /* dropped */
+			mcast_fetch(mcast, &(struct iovec){&mcast->slots[0].hdr, sizeof(mcast->slots[0].hdr)}, 1);
+		count(mcast->counters.packets, 1);
+		count(mcast->counters.bytes, mcast->views[0].len);
+	}
 	mcast->done += n;
 	if (mcast->done == mcast->nr)
 		mcast->done = mcast->nr = 0;

@@ -10,6 +10,7 @@
 #define XV_PORT_H
 
 #include <linux/if_xdp.h>
+#include <sys/uio.h>
 
 #include "gso.h"
 #include "vring.h"
@@ -136,12 +137,19 @@ struct xv_mcast {
 	struct mcast_slot *slots;
 	struct xv_view *views;      /* of the frames in the slots, from `done` to `nr` */
 	uint32_t nr, done;
+	bool large;  /* the last frame stood for many, and so will the next */
+	bool waits;  /* the only view is VIEW_SOCKET, and its frame has not been fetched */
 	struct xv_vring *stalled_on; /* the receive ring whose buffers ran out, or NULL */
 	struct xv_mcast_counters counters;
 };
 
-/* View the frames that were not released, or if there are none, new ones. */
-void mcast_rx_burst(struct xv_mcast *mcast, struct xv_burst *burst);
+/*
+ * View the frames that were not released, or if there are none, new ones. `takes`: GSO_BITs of frames that may be viewed
+ * where they are, in the socket (VIEW_SOCKET), as whoever gets them takes them whole.
+ */
+void mcast_rx_burst(struct xv_mcast *mcast, struct xv_burst *burst, uint32_t takes);
+/* Receive the frame of a VIEW_SOCKET; iov[0] is for its virtio-net header. Bytes of the frame, or less than 0. */
+int64_t mcast_fetch(struct xv_mcast *mcast, struct iovec *iov, uint32_t n);
 /* Done with the first n of those. */
 void mcast_rx_release(struct xv_mcast *mcast, uint32_t n);
 

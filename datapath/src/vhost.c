@@ -291,6 +291,25 @@ static inline bool must_finish(const struct xv_vring *vr, const struct xv_view *
 	return view->flags & VIEW_NEEDS_CSUM && !view->gso_type && !vring_takes_csum(vr);
 }
 
+/* Receive the frame of a VIEW_SOCKET. False: these buffers' memory is gone, and so is the frame. */
+static bool fetch_frame(struct writer *w, const struct xv_view *view)
+{
+	struct virtio_net_hdr known; /* by the view */
+	struct iovec iov[MERGE_MAX + 1] = {{&known, sizeof(known)}};
+	uint32_t n = 1;
+
+	for (uint32_t left = view->len, piece; left; left -= piece) {
+		piece = MIN(left, w->segs[w->at].len - w->offset);
+		iov[n++] = (struct iovec){w->segs[w->at].data + w->offset, piece};
+		w->offset += piece;
+		if (w->offset == w->segs[w->at].len) {
+			w->at++;
+			w->offset = 0;
+		}
+	}
+	return mcast_fetch(view->socket, iov, n) == view->len;
+}
+
 /* One frame into any layout of buffers. Nothing is consumed unless it is delivered. */
 static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *view, uint64_t *copied)
 {
@@ -343,6 +362,13 @@ static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *vie
 			wrote(vr, &w);
 			return UNJOIN;
 		}
+	} else if (view->flags & VIEW_SOCKET) {
+		if (!fetch_frame(&w, view)) {
+			wrote(vr, &w);
+			count(vr->queue->rx.drops[XV_DROP_NO_BUFFERS], 1);
+			return DROPPED;
+		}
+		*copied += view->len;
 	} else {
 		*copied += put_frame(&w, view, finish);
 	}
@@ -376,7 +402,7 @@ static inline always_inline uint32_t find_places(struct xv_vring *vr, const stru
 
 		if (unlikely(descs[i].flags != VRING_DESC_F_WRITE || descs[i].len < need))
 			return i;
-		if (unlikely(views[i]->flags & VIEW_VERIFY || must_finish(vr, views[i])))
+		if (unlikely(views[i]->flags & (VIEW_VERIFY | VIEW_SOCKET) || must_finish(vr, views[i])))
 			return i;
 		to[i] = mem_at(vr->mem, descs[i].addr, need, &got);
 		if (unlikely(got < need))

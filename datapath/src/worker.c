@@ -172,7 +172,7 @@ static bool poll_packet(struct worker *w, const struct snapshot *snap, const str
 
 	if (likely(!stalled || !vring_usable(stalled) || vring_has_buffers(stalled))) {
 		stalled = NULL;
-		mcast_rx_burst(socket, &w->burst);
+		mcast_rx_burst(socket, &w->burst, switch_joins(&snap->ports[source->port]));
 		for (uint32_t i = 0; i < w->burst.nr; i++)
 			views[i] = &w->burst.views[i];
 		if (w->burst.nr)
@@ -192,7 +192,7 @@ static bool poll_mcast(struct worker *w, const struct snapshot *snap, const stru
 	struct xv_vring *stalled;
 	uint32_t done;
 
-	mcast_rx_burst(source->mcast, &w->burst);
+	mcast_rx_burst(source->mcast, &w->burst, 0);
 	if (!w->burst.nr)
 		return false;
 	done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);

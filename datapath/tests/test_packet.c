@@ -112,6 +112,45 @@ static void test_whole(void)
 	end();
 }
 
+/* After one large frame the next are received straight into the guest's buffers; small ones and bad ones are not. */
+static void test_straight(void)
+{
+	const struct virtio_net_hdr plain = {0};
+	struct virtio_net_hdr gso, bad;
+	uint32_t len, seen = 0;
+
+	begin(TAKES_GSO, 64);
+	gso = bad = header_of(VIRTIO_NET_HDR_GSO_TCPV4);
+	bad.csum_start += 2;
+	post(3); /* too few for a frame: it waits */
+	for (uint8_t i = 0; i < 10; i++) {
+		f.bytes[f.transport + 4] = i; /* in the sequence number */
+		arrive(&gso, f.len);
+		arrive(i % 3 ? &plain : &bad, i % 3 ? 60 : f.len);
+	}
+	for (uint32_t turns = 0; seen < 10; turns++) {
+		struct virtio_net_hdr_mrg_rxbuf out;
+
+		CHECK(turns < 100);
+		world_run(&w);
+		while ((out = take(&len)).num_buffers) {
+			if (len == 60)
+				continue;
+			CHECK_EQ(len, f.len);
+			CHECK_EQ(out.hdr.gso_size, MSS);
+			CHECK_EQ(got[f.transport + 4], seen++);
+			CHECK(!memcmp(got + f.transport + 8, f.bytes + f.transport + 8, f.len - f.transport - 8));
+		}
+		post(2);
+	}
+	world_run(&w);
+	CHECK_EQ(packet->counters.packets, 16);
+	CHECK_EQ(packet->counters.dropped, 4);
+	CHECK_EQ(w.guests[0].guest->queues[0].rx.drops[XV_DROP_NO_BUFFERS], 0);
+	CHECK_EQ(w.guests[0].guest->queues[0].rx.copied_bytes, w.guests[0].guest->queues[0].rx.bytes);
+	end();
+}
+
 static void test_cut(void)
 {
 	struct virtio_net_hdr gso;
@@ -190,6 +229,7 @@ static void test_refused(void)
 int main(void)
 {
 	test_whole();
+	test_straight();
 	test_cut();
 	test_waits();
 	test_refused();
