@@ -29,7 +29,7 @@ from typing import Any, Generic, TypeVar
 from ..errors import DatapathError
 from .connection import Connection, Message
 from .errors import ProtocolError, RequestRefused, Violation
-from .fds import Fd, FdBag, close_fd, notification_fd
+from .fds import Fd, FdBag, check_channel, close_fd, notification_fd
 from .guestmem import GuestMemory
 from .offered import ERROR, OFFERED, OK, OTHER, REFUSED
 from .port import DevicePort
@@ -37,6 +37,7 @@ from .rings import Rings
 from .shared import DirtyLog, InflightRegion, SealedFile, check_inflight
 from .state import Transfer
 from .wire import (
+    F_LOG_ALL,
     F_PROTOCOL_FEATURES,
     MAX_CONFIG,
     MAX_MEM_SLOTS,
@@ -211,6 +212,8 @@ class VhostUserDevice:
             self._port.reset_state()  # another driver begins, which expects what a reset leaves
         if self._rings.negotiated and payload.value == self._rings.features:
             return
+        if payload.value & F_LOG_ALL and not self._rings.logging and self._rings.log is not None:
+            self._rings.check_log(self._rings.log)
         if (payload.value ^ self._rings.features) & VIRTIO_F_RING_PACKED:
             self._rings.detach(self._rings)
             if self._rings.negotiated:  # places in a ring of the other kind mean nothing; before, they are of this kind
@@ -378,14 +381,10 @@ class VhostUserDevice:
         finally:
             fd.close()
         rings, old = self._rings, self._rings.log
-        if rings.logging and not new.covers(rings.memory_end):
-            new.close()
-            raise ProtocolError(
-                Violation.MEMORY,
-                f"dirty log of {payload.size:#x} bytes does not cover guest memory up to {rings.memory_end:#x}",
-            )
-        rings.log = new
         try:
+            if rings.logging:
+                rings.check_log(new)
+            rings.log = new
             rings.renew(rings if rings.logging else ())
         except BaseException:
             rings.log = old
@@ -424,8 +423,9 @@ class VhostUserDevice:
             old.close()
         self._rings.attach()
 
-    def _set_device_state_fd(self, payload: DeviceState, _fds: FdBag) -> Answer:
+    def _set_device_state_fd(self, payload: DeviceState, fds: FdBag) -> Answer:
         """The channel is always ours; the front-end's is closed with its message."""
+        check_channel(fds, "the channel of the device's state")
         if self._transfer is not None:
             self._transfer.close()
             self._transfer = None
@@ -512,7 +512,8 @@ TABLE: Mapping[int, Entry[Any]] = {
     Request.SET_FEATURES: Entry(
         U64,
         _D._set_features,
-        "anything not offered ends the session; running rings are rebuilt; without bit 30 all rings are enabled",
+        "anything not offered ends the session, and so does LOG_ALL with a log that ends before guest memory does; "
+        "running rings are rebuilt; without bit 30 all rings are enabled",
     ),
     Request.SET_OWNER: Entry(Empty, _D._nothing, "accepted: a connection is a session"),
     Request.RESET_OWNER: Entry(Empty, _D._nothing, "ignored, as the specification recommends; deprecated"),
@@ -563,7 +564,7 @@ TABLE: Mapping[int, Entry[Any]] = {
     Request.SET_VRING_CALL: Entry(
         VringFile,
         _D._set_vring_call,
-        "eventfd, pipe or unix stream socket; replaced on a running ring it is signalled once",
+        "eventfd, pipe or one of a pair of unix stream sockets; replaced on a running ring it is signalled once",
         fds=(0, 1),
     ),
     Request.SET_VRING_ERR: Entry(
@@ -647,7 +648,7 @@ TABLE: Mapping[int, Entry[Any]] = {
     Request.SET_DEVICE_STATE_FD: Entry(
         DeviceState,
         _D._set_device_state_fd,
-        "while no ring runs; the channel is a sealed memfd of ours, the front-end's descriptor is closed",
+        "while no ring runs; the channel is a sealed memfd of ours, the front-end's pipe or unix socket is closed",
         fds=(1, 1),
         needs=_PF.DEVICE_STATE,
         replies=True,

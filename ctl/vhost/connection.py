@@ -5,6 +5,9 @@ The socket is a byte stream, so a payload may come in pieces, two messages in on
 middle. Descriptors arrive with the first byte of their message; any that arrive later belong to no message and are an
 error. Nothing that a front-end does blocks: reads and writes wait in the event loop and have a deadline once a message
 has begun. Every received descriptor is in an `FdBag` or closed when a method returns or raises.
+
+The kernel itself closes those that it has no room for, and those that lie unread in a socket, in the thread that reads
+or closes. So there is room for as many as one write can carry, and the `Closer` closes the socket.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .closer import Closer
 from .errors import ProtocolError, Violation
 from .fds import Fd, FdBag
 from .wire import HEADER, MAX_FDS, Header, request_name
 
 _INT = array.array("i").itemsize
+_SCM_MAX_FD = 253  # Linux: the most descriptors of one sendmsg, and so of one recvmsg
 
 
 @dataclass(slots=True)
@@ -37,16 +42,24 @@ class Message:
 class Connection:
     """Owner of a connected stream socket. `timeout`: seconds for the rest of a begun message, and for a reply."""
 
-    def __init__(self, sock: socket.socket, timeout: float = 10.0) -> None:
+    def __init__(self, sock: socket.socket, timeout: float = 10.0, closer: Closer | None = None) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._timeout = timeout
+        self._closer = closer or Closer()
 
     async def receive(self) -> Message | None:
         """The next message, or None when the front-end closed the connection between messages.
 
         Raises ProtocolError for a bad header, a message cut short or too many descriptors; ConnectionError.
         """
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._closer.room()
+        except TimeoutError:
+            raise ProtocolError(
+                Violation.FDS, f"descriptors that came do not close within {self._timeout:g} s; sockets that linger?"
+            ) from None
         data, fds = await self._read(HEADER.size)
         if not data:
             fds.close()
@@ -99,7 +112,10 @@ class Connection:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._sock.close()
+        """The front-end sees the end now. Idempotent."""
+        self.shutdown()
+        if (number := self._sock.detach()) >= 0:
+            self._closer.close(number)
 
     async def _more(self, size: int, what: str) -> bytes:
         data, fds = await self._read(size)
@@ -116,7 +132,7 @@ class Connection:
         while True:
             try:
                 data, control, flags, _ = self._sock.recvmsg(
-                    size, socket.CMSG_SPACE(MAX_FDS * _INT), socket.MSG_CMSG_CLOEXEC
+                    size, socket.CMSG_SPACE(_SCM_MAX_FD * _INT), socket.MSG_CMSG_CLOEXEC
                 )
                 break
             except (BlockingIOError, InterruptedError):
@@ -125,13 +141,14 @@ class Connection:
         for level, kind, body in control:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 numbers.frombytes(body[: len(body) - len(body) % _INT])
-        fds = FdBag(numbers)
+        fds = FdBag(numbers, self._closer)
+        if len(fds) > MAX_FDS:
+            fds.close()
+            raise ProtocolError(Violation.FDS, f"more than {MAX_FDS} descriptors came with one message")
         if flags & socket.MSG_CTRUNC:
             fds.close()
             raise ProtocolError(
-                Violation.FDS,
-                f"more than {MAX_FDS} descriptors came with one message, or xdpvhost's limit of open files "
-                "(ulimit -n) is reached",
+                Violation.FDS, "descriptors that came were lost: xdpvhost's limit of open files (ulimit -n) is reached"
             )
         return data, fds
 

@@ -10,6 +10,7 @@ leaves the endpoint ready for the next.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, XdpvhostError
 from .backend import VhostUserDevice
+from .closer import Closer
 from .connection import Connection
 from .errors import ProtocolError
 from .port import DevicePort, EndpointSpec
@@ -47,6 +49,7 @@ class Endpoint:
         self._connection: Connection | None = None
         self._device: VhostUserDevice | None = None
         self._closing = False
+        self._closer = Closer()
         self._not_before = 0.0
         self.sessions = 0
 
@@ -116,17 +119,18 @@ class Endpoint:
                         self._spec.name,
                         self._spec.socket,
                     )
-                    sock.close()
+                    Connection(sock, closer=self._closer).close()
+                    await self._closer.room()
                     continue
                 try:
                     await asyncio.wait([self._session])
                 except asyncio.CancelledError:
-                    sock.close()
+                    Connection(sock, closer=self._closer).close()
                     raise
             try:
                 await self._hold_off()
             except asyncio.CancelledError:
-                sock.close()
+                Connection(sock, closer=self._closer).close()
                 raise
             self._start_session(sock)
 
@@ -150,7 +154,7 @@ class Endpoint:
                 try:
                     await self._hold_off()
                 except asyncio.CancelledError:
-                    sock.close()
+                    Connection(sock, closer=self._closer).close()
                     raise
                 began = asyncio.get_running_loop().time()
                 await asyncio.wait([self._start_session(sock)])
@@ -160,11 +164,12 @@ class Endpoint:
             backoff = min(2 * backoff, BACKOFF_MOST)
 
     async def _hold_off(self) -> None:
+        await self._closer.room()
         await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
 
     def _start_session(self, sock: socket.socket) -> asyncio.Task[None]:
         """From here on the session task owns the connection and the device, and it is this that closes both."""
-        self._connection = connection = Connection(sock, self._timeout)
+        self._connection = connection = Connection(sock, self._timeout, self._closer)
         self._device = device = VhostUserDevice(self._port, connection)
         self.sessions += 1
         self._session = asyncio.create_task(self._run_session(connection, device), name=f"vhost-{self._spec.name}")
@@ -268,7 +273,10 @@ class Listener:
 
     def close(self) -> None:
         """Removes the file too, unless somebody put another in its place."""
-        self._sock.close()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # nobody connects any more
+        if (number := self._sock.detach()) >= 0:
+            Closer().close(number)
         if identity(self._path) == self._identity:
             self._path.unlink(missing_ok=True)
 

@@ -6,37 +6,35 @@ one would then block the daemon. Workers do, under a watchdog (datapath/src/dp.c
 
 A descriptor can be of a file in a FUSE file system of the front-end's own, where stat and even close wait for an answer
 that need not come. So what it is, is found out without asking the file: by the name that /proc gives it, its seals, and
-the mount that it is on. Only files of `LOCAL` file systems are asked anything, and whatever may stall is closed by a
-thread of its own.
+the mount that it is on. Only files of `LOCAL` file systems are asked anything, and whatever may stall is closed by the
+guest's `Closer`. Not even /proc is asked for more of what has no path: its text for an epoll descriptor has a line for
+each item, and is written while the reader waits.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import logging
 import os
 import socket
 import stat
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+from .closer import Closer
 from .errors import ProtocolError, Violation
-
-log = logging.getLogger(__name__)
 
 IN_MEMORY = frozenset({"hugetlbfs", "ramfs", "tmpfs"})
 LOCAL = IN_MEMORY | {"btrfs", "ext2", "ext3", "ext4", "f2fs", "xfs"}
 
 
 class Fd:
-    """One owned descriptor; `number` is -1 once closed."""
+    """One owned descriptor; `number` is -1 once closed. `closer` is for when that may stall."""
 
-    __slots__ = ("number",)
+    __slots__ = ("_closer", "number")
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, closer: Closer | None = None) -> None:
         self.number = number
+        self._closer = closer
 
     def close(self) -> None:
         number, self.number = self.number, -1
@@ -44,7 +42,7 @@ class Fd:
             if _closes_at_once(number):
                 os.close(number)
             else:
-                _close_elsewhere(number)
+                (self._closer or Closer()).close(number)
 
     @property
     def kind(self) -> str:
@@ -54,7 +52,7 @@ class Fd:
     @property
     def file_system(self) -> str:
         """The type of file system that the file is in; `unknown` if it isn't mounted here. Raises OSError."""
-        return _file_system(self.number)
+        return _file_system(self.number) if has_path(self.kind) else "unknown"
 
     def __repr__(self) -> str:
         return f"Fd({self.number})"
@@ -65,11 +63,15 @@ class FdBag:
 
     __slots__ = ("_fds",)
 
-    def __init__(self, numbers: Iterable[int] = ()) -> None:
-        self._fds = [Fd(number) for number in numbers]
+    def __init__(self, numbers: Iterable[int] = (), closer: Closer | None = None) -> None:
+        self._fds = [Fd(number, closer) for number in numbers]
 
     def __len__(self) -> int:
         return len(self._fds)
+
+    @property
+    def oldest(self) -> Fd:
+        return self._fds[0]
 
     def take(self) -> Fd:
         """Hands over the oldest descriptor; the caller owns it now."""
@@ -127,15 +129,22 @@ def _socket_family(number: int) -> tuple[int, int]:
         sock.detach()
 
 
+def _has_name(number: int) -> bool:
+    """Whether either end of a connected unix socket is bound. Raises OSError."""
+    sock = socket.socket(fileno=number)
+    try:
+        return bool(sock.getsockname() or sock.getpeername())
+    finally:
+        sock.detach()
+
+
 def _closes_at_once(number: int) -> bool:
-    """Whether it is known that closing this cannot wait. A TCP socket may linger, a terminal drain."""
+    """Whether it is known that closing this cannot wait. A terminal may drain; for sockets closer.py has the reason."""
     try:
         kind = _kind(number)
-        if kind == "socket":
-            return _socket_family(number)[0] == socket.AF_UNIX
         if kind in ("eventfd", "pipe"):
             return True
-        if _file_system(number) not in LOCAL:
+        if not has_path(kind) or _file_system(number) not in LOCAL:
             return False
         mode = os.fstat(number).st_mode
         return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
@@ -143,15 +152,23 @@ def _closes_at_once(number: int) -> bool:
         return False
 
 
-def _close_elsewhere(number: int) -> None:
-    def close() -> None:
-        with contextlib.suppress(OSError):
-            os.close(number)
+def has_path(kind: str) -> bool:
+    """Whether a descriptor of this kind is of a file in some file system; memfds count, too."""
+    return kind.startswith("/")
 
+
+def check_channel(fds: FdBag, what: str) -> None:
+    """Raises ProtocolError when the oldest descriptor, which is only closed, is of a kind that no front-end sends."""
     try:
-        threading.Thread(target=close, name=f"xdpvhost-close-{number}", daemon=True).start()
-    except RuntimeError as error:
-        log.error("descriptor %d stays open, closing it may take for ever: %s", number, error)
+        kind = fds.oldest.kind
+        if kind == "socket" and _socket_family(fds.oldest.number)[0] != socket.AF_UNIX:
+            kind = "a socket that is not a unix socket"
+    except OSError as error:
+        raise ProtocolError(Violation.FDS, f"{what}: {error.strerror}") from error
+    if kind not in ("eventfd", "pipe", "socket"):
+        raise ProtocolError(
+            Violation.FDS, f"{what} is a descriptor of {kind}; a pipe, a unix socket or an eventfd is needed"
+        )
 
 
 def notification_fd(fds: FdBag, what: str) -> Fd:
@@ -159,12 +176,16 @@ def notification_fd(fds: FdBag, what: str) -> Fd:
 
     The specification allows eventfds and pipes, User-Mode Linux sends one end of a socket pair. Anything else could
     be readable for ever, refuse to be polled or linger when closed, so it is an error here and not a surprise later.
+    A socket must be one of a pair, which has no names: a front-end's own end of a vhost-user connection has one, and
+    kept here it would keep that connection alive when the front-end is gone.
     """
     fd = fds.take()
     try:
         kind = fd.kind
         if kind == "socket" and _socket_family(fd.number) != (socket.AF_UNIX, socket.SOCK_STREAM):
             kind = "a socket that is not a unix stream"
+        elif kind == "socket" and _has_name(fd.number):
+            kind = "a socket of a connection made by name"
         if kind not in ("eventfd", "pipe", "socket"):
             raise ProtocolError(
                 Violation.FDS, f"{what} is a descriptor of {kind}; an eventfd, a pipe or a unix stream socket is needed"

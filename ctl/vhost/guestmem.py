@@ -8,6 +8,7 @@ removed again.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from ..errors import DatapathError
@@ -17,6 +18,8 @@ from .memory import MappedRegion, check_table, map_region, map_table, unmap
 from .port import DevicePort
 from .rings import Rings
 from .wire import MAX_MEM_SLOTS, MemRegion
+
+log = logging.getLogger(__name__)
 
 
 class GuestMemory:
@@ -86,6 +89,13 @@ class GuestMemory:
             unmap(new)
             raise ProtocolError(Violation.MEMORY, f"memory table cannot be used: {error}") from error
         rings.memory_end = max((mapped.region.gpa + mapped.region.size for mapped in regions), default=0)
+        dirty = rings.log if rings.logging else None
+        if dirty is not None and dirty.covers(old[1]) and not dirty.covers(rings.memory_end):
+            log.warning(
+                "guest %r: its rings wait for a dirty log that reaches the new end of memory, %#x",
+                self._port.name,
+                rings.memory_end,
+            )
         try:
             rings.renew(rings, memory_incomplete=incomplete)
         except BaseException:

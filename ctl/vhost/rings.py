@@ -211,6 +211,14 @@ class Rings:
             return False
         return not self.logging or (self.log is not None and self.log.covers(self.memory_end))
 
+    def check_log(self, dirty: DirtyLog) -> None:
+        """Raises ProtocolError when guest memory reaches beyond the log: with it the rings would stop, unnoticed."""
+        if not dirty.covers(self.memory_end):
+            raise ProtocolError(
+                Violation.MEMORY,
+                f"dirty log of {dirty.size:#x} bytes does not cover guest memory up to {self.memory_end:#x}",
+            )
+
     def stop(self, rings: Iterable[Ring]) -> None:
         """Stops rings: they leave the data plane, and only a new kick descriptor starts them again."""
         stopping = list(rings)

@@ -14,7 +14,8 @@ import random
 import socket
 import struct
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,10 @@ from support.frontend import (
     NetDevice,
     Slot,
 )
+from support.linger import LINGER, lingering
 from support.process import wait_for
 from xdpvhost.errors import ConfigError
+from xdpvhost.vhost import closer
 from xdpvhost.vhost.backend import TABLE
 from xdpvhost.vhost.endpoint import Endpoint
 from xdpvhost.vhost.errors import Violation
@@ -195,6 +198,76 @@ def test_c2_read_only_memory(arena: Arena) -> None:
             arena.refused(lambda front: front.send(Request.SET_MEM_TABLE, table, [fd]), Violation.MEMORY)
         finally:
             os.close(fd)
+
+
+def buried(fd: int) -> int:
+    """A unix socket in whose queue the descriptor lies."""
+    here, there = socket.socketpair()
+    with here:
+        socket.send_fds(here, [b"x"], [fd])
+    return there.detach()
+
+
+def nine(front: FrontEnd, fd: int) -> None:
+    with open(os.devnull) as null:
+        front.send(Request.GET_FEATURES, b"", [*[null.fileno()] * 8, fd])
+
+
+def unread(front: FrontEnd, fd: int) -> None:
+    """Behind a bad message, while the daemon is still at those before it."""
+    front.send_raw(struct.pack("=III", Request.SET_OWNER, 1, 0) * 200 + struct.pack("=III", 99, 1, 0))
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        front.send_raw(b"y", [fd])
+
+
+def inside_another(front: FrontEnd, fd: int) -> None:
+    outer = buried(fd)
+    try:
+        front.send(Request.SET_VRING_ERR, bytes(8), [outer])
+    finally:
+        os.close(outer)
+    front.sync()
+    front.sock.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("how", [nine, unread, inside_another], ids=lambda how: how.__name__)
+def test_c2_descriptor_that_lingers(arena: Arena, how: Callable[[FrontEnd, int], None]) -> None:
+    """Closing it takes seconds; whoever drops the last reference waits, be that in recvmsg or in close."""
+    with arena.nothing_left():
+        with lingering() as (fd, _peer), arena.connect() as front:
+            how(front, fd)
+            os.close(fd)
+            assert front.disconnected()
+            arena.idle()
+            assert arena.plane.loop.longest(LINGER / 2) < LINGER / 4
+
+
+def test_c2_many_descriptors_that_linger(impatient: Arena) -> None:
+    """Each is closed in a thread; above a few of them nothing more is read, and then the session ends."""
+    arena = impatient
+    with arena.nothing_left(), contextlib.ExitStack() as peers:
+        before = threading.active_count()
+        with arena.connect() as front:
+            for _ in range(4 * closer.MOST):
+                fd, _peer = peers.enter_context(lingering())
+                outer = buried(fd)
+                os.close(fd)
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    front.send(Request.SET_VRING_ERR, bytes(8), [outer])
+                os.close(outer)
+            assert front.disconnected()
+        arena.idle()
+        assert threading.active_count() <= before + closer.MOST
+        assert arena.plane.loop.longest(LINGER / 8) < LINGER / 8
+    assert "do not close" in str(arena.errors[-1])
+
+
+@pytest.mark.parametrize("request_", [Request.SET_VRING_CALL, Request.SET_VRING_ERR, Request.SET_BACKEND_REQ_FD])
+def test_c2_own_end_of_the_connection(arena: Arena, request_: int) -> None:
+    """Kept by the daemon it would keep the session alive when the front-end is gone."""
+    payload = b"" if request_ == Request.SET_BACKEND_REQ_FD else bytes(8)
+    words = arena.refused(lambda front: front.send(request_, payload, [front.sock.fileno()]), Violation.FDS)
+    assert "made by name" in words
 
 
 # ---- C3 ----
@@ -582,21 +655,25 @@ def test_c10_log_with_wrong_numbers(arena: Arena, size: int, offset: int, violat
 
 @pytest.mark.parametrize("kind", [0, F_PACKED])
 def test_c10_log_too_small_for_memory(arena: Arena, kind: int) -> None:
-    """Pages without a bit would be left behind, so this ends the session while it logs; before, rings just wait."""
+    """Pages without a bit would be left behind: the session ends, whether log or feature comes first."""
     fd = os.memfd_create("log")
     os.ftruncate(fd, PAGE)
     try:
-        with arena.nothing_left():
-            with arena.device(FULL | kind, protocol_features=LOGGING) as device:
-                device.up()
-                device.front.set_log(fd, PAGE)
-                device.front.set_features(device.features | F_LOG_ALL)
-                device.front.sync()
-                assert not arena.entry.rings
-                device.front.send(Request.SET_LOG_BASE, struct.pack("=QQ", 8, 0), [fd])
-                assert device.front.disconnected()
-            arena.idle()
-        assert "does not cover guest memory" in str(arena.errors[-1])
+        for log_first in (False, True):
+            known = len(arena.errors)
+            with arena.nothing_left():
+                with arena.device(FULL | kind, protocol_features=LOGGING) as device:
+                    device.up()
+                    if log_first:
+                        device.front.set_log(fd, 8)
+                        device.front.send(Request.SET_FEATURES, struct.pack("=Q", device.features | F_LOG_ALL))
+                    else:
+                        device.front.set_features(device.features | F_LOG_ALL)
+                        device.front.send(Request.SET_LOG_BASE, struct.pack("=QQ", 8, 0), [fd])
+                    assert device.front.disconnected()
+                arena.idle()
+            assert len(arena.errors) == known + 1
+            assert "does not cover guest memory" in str(arena.errors[-1])
     finally:
         os.close(fd)
 
@@ -749,6 +826,18 @@ def test_c14_second_front_end_is_sent_away(arena: Arena) -> None:
         for _ in range(20):
             with arena.connect() as second:
                 assert second.disconnected()
+        device.front.sync()
+
+
+def test_c14_second_front_end_leaves_a_descriptor_that_lingers(arena: Arena) -> None:
+    with arena.nothing_left(), arena.device() as device:
+        device.up()
+        with lingering() as (fd, _peer), arena.connect() as second:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                second.send_raw(b"x", [fd])
+            os.close(fd)
+            assert second.disconnected()
+            assert arena.plane.loop.longest(LINGER / 2) < LINGER / 4
         device.front.sync()
 
 

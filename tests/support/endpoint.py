@@ -8,6 +8,7 @@ import errno
 import os
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -237,6 +238,17 @@ class Loop:
             return function()
 
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
+
+    def longest(self, seconds: float) -> float:
+        """The longest time that a call took to get its turn, while they were made for `seconds`."""
+        begun = now = time.monotonic()
+        longest = 0.0
+        while now - begun < seconds:
+            asked = now
+            self.call(lambda: None)
+            now = time.monotonic()
+            longest = max(longest, now - asked)
+        return longest
 
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)

@@ -6,10 +6,13 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import select
 import socket
 import tempfile
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +58,7 @@ SOURCES: dict[str, tuple[Callable[[], int], bool]] = {
     "tmpfs": (lambda: os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR), True),
     "directory": (lambda: os.open("/dev/shm", os.O_RDONLY), True),
     "eventfd": (lambda: os.eventfd(0), True),
-    "unix socket": (lambda: socket.socket(socket.AF_UNIX).detach(), True),
+    "unix socket": (lambda: socket.socket(socket.AF_UNIX).detach(), False),
     "tcp socket": (lambda: socket.socket(socket.AF_INET).detach(), False),
     "null": (lambda: os.open("/dev/null", os.O_RDONLY), False),
     "proc": (lambda: os.open("/proc/self/status", os.O_RDONLY), False),
@@ -117,6 +120,24 @@ def test_memory_elsewhere_is_refused_without_a_look(monkeypatch: pytest.MonkeyPa
     wait_for(lambda: seen == [False], 5, "it to be closed", interval=0.001)
     again.close()
     mapped.close()
+
+
+@pytest.mark.parametrize("make", [select.epoll, lambda: socket.socket(socket.AF_UNIX)], ids=["epoll", "unix"])
+def test_proc_is_asked_about_files_only(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """fdinfo of an epoll descriptor has a line for each of its items, of which there may be hundreds of thousands."""
+
+    def stalls(path: Path) -> bytes:
+        raise AssertionError(f"the daemon reads {path}")
+
+    monkeypatch.setattr(Path, "read_bytes", stalls)
+    with make() as hostile, tempfile.TemporaryFile() as file:
+        file.truncate(4096)
+        mapped = MappedRegion(region := MemRegion(0, 4096, 0, 0), Mapping(file.fileno(), 0, 4096), (0, 0))
+        fd = Fd(os.dup(hostile.fileno()))
+        assert not mapped.is_again(region, fd)
+        assert fd.file_system == "unknown"
+        fd.close()
+        mapped.close()
 
 
 def test_sealed_memory() -> None:
