@@ -11,7 +11,9 @@ that happens to be silent, and the switches outside would believe it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .config import format_mac
@@ -33,8 +35,14 @@ def check_addresses(entry: GuestEntry, wanted: Addresses, others: Iterable[Guest
     for other in others:
         if taken := new & other.listens_to:
             raise ConfigError(f"{_list(taken)}: guest {other.name!r} has it")
-    if taken := new & local_addresses():
+    if taken := new & _local_addresses(int(time.monotonic())):
         raise ConfigError(f"{_list(taken)}: a network device of this machine has it")
+
+
+@lru_cache(maxsize=1)
+def _local_addresses(_second: int) -> set[bytes]:
+    """Asked once a second at most: the kernel lists every device of the machine while the event loop waits."""
+    return local_addresses()
 
 
 def _list(macs: Iterable[bytes]) -> str:

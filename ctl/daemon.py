@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WATCHDOG_PERIOD = 0.1
+EVENT_PERIOD = 0.01  # seconds between two looks at what the data plane reports
 DEVICE_PERIOD = 1.0  # seconds between looks at the interface's MTU
 BLOCKED_HOLD_OFF = 10.0  # seconds that a front-end which made a worker block has to wait
 RETRY_PERIOD = 1.0
@@ -75,6 +76,7 @@ class Daemon:
         self._started = time.monotonic()
         self._metrics: MetricsEndpoint | None = None
         self._journal: Journal | None = None
+        self._pause: asyncio.TimerHandle | None = None  # until the data plane's next event is looked at
         self._not_ours: frozenset[int] = frozenset()  # the journal's entries that could not be undone at the start
 
     async def run(self) -> None:
@@ -133,8 +135,8 @@ class Daemon:
         stack.push_async_callback(self._end_sessions)
         for spec in config.guests:
             self._add_guest(spec)
-        loop.add_reader(dp.event_fd, self._data_plane_event)
-        stack.callback(loop.remove_reader, dp.event_fd)
+        self._watch_data_plane()
+        stack.callback(self._ignore_data_plane)
         watchdog = loop.create_task(self._watchdog(), name="watchdog")
         stack.callback(watchdog.cancel)
         device = loop.create_task(self._watch_device(), name="device")
@@ -231,7 +233,19 @@ class Daemon:
 
     # ---- data plane ----
 
+    def _watch_data_plane(self) -> None:
+        asyncio.get_running_loop().add_reader(self._dp.event_fd, self._data_plane_event)
+
+    def _ignore_data_plane(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+        asyncio.get_running_loop().remove_reader(self._dp.event_fd)
+
     def _data_plane_event(self) -> None:
+        """Looks at all guests. A guest can cause events as fast as it likes, so it rests for a moment afterwards."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._dp.event_fd)
+        self._pause = loop.call_later(EVENT_PERIOD, self._watch_data_plane)
         with contextlib.suppress(BlockingIOError):
             os.read(self._dp.event_fd, 8)
         for entry, why in self._switch.faulted():
@@ -257,8 +271,10 @@ class Daemon:
             try:
                 self._switch.follow_mtus()
                 self._switch.follow_links()
-            except XdpvhostError as exc:
+            except (XdpvhostError, OSError) as exc:
                 log.error("interface %s: %s", self._config.iface, exc)
+            except Exception:
+                log.exception("interface %s: its MTU or link is not known; please report it", self._config.iface)
 
     # ---- API ----
 

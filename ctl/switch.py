@@ -79,6 +79,7 @@ class GuestEntry:
         self._fault_seen = False
         self.addresses = Addresses(spec.mac)
         self.next_request = 0.0  # when it may ask for other addresses again
+        self.refusal_told = False  # in this session
         self.config_changed: Callable[[], None] = _nobody_to_tell
         self._announced: int | None = None  # acknowledgements there were when an announcement was asked for
 
@@ -187,6 +188,7 @@ class GuestEntry:
             self.sessions += 1
             self.port.reset()
             self._fault_seen = False
+            self.refusal_told = False
 
     def message(self, request: str, result: str) -> None:
         self.messages[request, result] += 1
@@ -222,6 +224,7 @@ class Switch:
         self.dp = dp
         self.guests: dict[str, GuestEntry] = {}
         self.nics: list[Nic] = []
+        self._new_mtus: set[Nic] = set()  # with an MTU that the workers and guests don't know yet
 
     def add_nic(self, nic: Nic) -> int:
         """Take ownership of an open NIC; its index."""
@@ -323,7 +326,9 @@ class Switch:
             self.listen_to(entry, wanted)
             granted = True
         except XdpvhostError as exc:
-            log.warning("guest %r: refused another address: %s", entry.name, exc)
+            level = logging.DEBUG if entry.refusal_told else logging.WARNING  # a guest may ask 50 times a second
+            log.log(level, "guest %r: refused another address: %s", entry.name, exc)
+            entry.refusal_told = True
         except Exception:
             log.exception("guest %r: refused another address, by a bug in xdpvhost; please report it", entry.name)
         if entry.port.answer_addresses(granted):
@@ -361,10 +366,17 @@ class Switch:
                 entry.config_changed()
 
     def follow_mtus(self) -> None:
-        """Devices whose MTU has changed: what guests may send from now on. Raises XdpvhostError."""
-        changed = [nic.follow_mtu() for nic in self.nics]
-        if any(changed):
+        """Devices whose MTU has changed: what guests may send from now on.
+
+        Raises XdpvhostError; the next call tries again.
+        """
+        self._new_mtus.update([nic for nic in self.nics if nic.follow_mtu()])
+        if self._new_mtus:
             self.publish()
+            changed, self._new_mtus = self._new_mtus, set()
+            for entry in self.guests.values():
+                if entry.nic in changed:
+                    entry.config_changed()
 
     def faulted(self) -> list[tuple[GuestEntry, str]]:
         """Guests that the data plane gave up since the last call, and why."""

@@ -91,7 +91,7 @@ class VhostUserDevice:
         self._connection = connection
         self._protocol_features = ProtocolFeature(0)
         self._status = 0
-        self._mtu = port.mtu
+        self._mtu_set: int | None = None  # by NET_SET_MTU
         self._rings = Rings(port)
         self._memory = GuestMemory(port, self._rings)
         self._backend_channel: Fd | None = None
@@ -267,7 +267,7 @@ class VhostUserDevice:
             self._rings.inflight.close()
             self._rings.inflight = None
         self._rings.features, self._rings.negotiated, self._status = 0, False, 0
-        self._mtu = self._port.mtu
+        self._mtu_set = None
         self._port.reset_state()
 
     # ---- handlers: memory ----
@@ -463,7 +463,12 @@ class VhostUserDevice:
     def _net_set_mtu(self, payload: U64, _fds: FdBag) -> None:
         if not MIN_MTU <= payload.value <= self._port.mtu:
             raise RequestRefused(f"MTU {payload.value} is not between {MIN_MTU} and the uplink's {self._port.mtu}")
-        self._mtu = payload.value
+        self._mtu_set = payload.value
+
+    @property
+    def _mtu(self) -> int:
+        """The uplink's may change under a session."""
+        return self._port.mtu if self._mtu_set is None else min(self._mtu_set, self._port.mtu)
 
     def _get_config(self, payload: Config, _fds: FdBag) -> bytes:
         """As many bytes as were asked for, zeros behind the structure; no payload at all is the answer to nonsense."""

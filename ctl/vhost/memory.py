@@ -6,13 +6,14 @@ aligned to a hugepage and mmap would refuse it. Nothing is reserved or populated
 The mapping keeps the file alive, so the descriptor is closed at once.
 
 What a file can still do to us later is to shrink: touching the lost part raises SIGBUS, which the data plane turns
-into a fault of this guest. At mapping time the file must cover its region. The address space is everyone's, so a guest
-gets a share of it.
+into a fault of this guest. At mapping time the file must cover its region. The address space and the number of
+mappings are everyone's, so a guest gets a share of them, and all guests together leave some.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import stat
@@ -20,6 +21,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar
 
 from .errors import ProtocolError, Violation
 from .fds import LOCAL, Fd
@@ -30,6 +33,7 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_NORESERVE = 0x4000  # in Python's mmap from 3.12 only
 _MADV_DONTDUMP = 16
 MAX_MEMORY = 16 << 40  # bytes of one guest; a process has 128 TiB of addresses
+MAX_MAPPED = 96 << 40  # bytes of all guests
 
 
 @cache
@@ -49,13 +53,30 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
+@cache
+def max_mappings() -> int:
+    """Of all guests. The kernel allows a process `vm.max_map_count`, and most of ours are needed for them."""
+    try:
+        return int(Path("/proc/sys/vm/max_map_count").read_text()) * 3 // 4
+    except (OSError, ValueError):
+        return 49152  # of the kernel's default
+
+
 class Mapping:
     """An address range made by mmap; `close` unmaps it, once."""
 
     __slots__ = ("address", "length", "offset")
+    mapped: ClassVar[int] = 0  # bytes of all of them
+    count: ClassVar[int] = 0
 
     def __init__(self, fd: int, offset: int, length: int) -> None:
         """Maps `length` bytes of `fd` from `offset`, shared and writable. Raises OSError."""
+        if Mapping.mapped + length > MAX_MAPPED:
+            raise OSError(errno.ENOMEM, f"all guests together can have {MAX_MAPPED:#x} bytes; run another xdpvhost")
+        if Mapping.count >= max_mappings():
+            raise OSError(
+                errno.ENOMEM, f"all guests together can have {max_mappings()} regions; raise sysctl vm.max_map_count"
+            )
         flags = mmap.MAP_SHARED | _MAP_NORESERVE
         address = _libc().mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
         if address == _MAP_FAILED:
@@ -64,12 +85,16 @@ class Mapping:
         self.address = int(address)
         self.offset = offset
         self.length = length
+        Mapping.mapped += length
+        Mapping.count += 1
         _libc().madvise(address, length, _MADV_DONTDUMP)
 
     def close(self) -> None:
         length, self.length = self.length, 0
         if length:
             _libc().munmap(self.address, length)
+            Mapping.mapped -= length
+            Mapping.count -= 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

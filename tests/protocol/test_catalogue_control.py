@@ -42,10 +42,11 @@ from support.frontend import (
 from support.linger import LINGER, lingering
 from support.process import wait_for
 from xdpvhost.errors import ConfigError
-from xdpvhost.vhost import closer
+from xdpvhost.vhost import closer, memory
 from xdpvhost.vhost.backend import TABLE
 from xdpvhost.vhost.endpoint import Endpoint
 from xdpvhost.vhost.errors import Violation
+from xdpvhost.vhost.memory import Mapping
 from xdpvhost.vhost.offered import UNSUPPORTED
 from xdpvhost.vhost.wire import Request
 
@@ -421,6 +422,29 @@ def test_c5_a_guest_has_its_share_of_addresses(arena: Arena) -> None:
             assert front.disconnected()
         arena.idle()
         assert "a guest can have" in str(arena.errors[-1])
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "words"),
+    [
+        ("MAX_MAPPED", lambda: Mapping.mapped + PAGE, "all guests together can have"),
+        ("max_mappings", lambda: lambda: Mapping.count, "raise sysctl vm.max_map_count"),
+    ],
+)
+def test_c5_all_guests_leave_some(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch, name: str, limit: Callable[[], object], words: str
+) -> None:
+    """Addresses and mappings are the process's; a front-end that would take the last of them is refused."""
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, 2 * PAGE)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, name, limit())
+            one = table(Slot(0, 2 * PAGE, 0, 0))
+            told = arena.refused(lambda front: front.send(Request.SET_MEM_TABLE, one, [fd]), Violation.MEMORY)
+        assert words in told
     finally:
         os.close(fd)
 

@@ -295,6 +295,18 @@ def test_mtu(bench: Bench) -> None:
         assert front.get_config(12)[10:] == struct.pack("=H", 1400)
 
 
+@pytest.mark.parametrize(
+    ("asked", "now", "told"), [(None, 1300, 1300), (None, 9000, 9000), (1400, 1300, 1300), (1400, 9000, 1400)]
+)
+def test_mtu_of_the_uplink_changes(bench: Bench, asked: int | None, now: int, told: int) -> None:
+    with bench.connect() as front:
+        front.set_protocol_features(P_REPLY_ACK | 1 << 4 | 1 << 9)
+        if asked is not None:
+            front.tell(Request.NET_SET_MTU, struct.pack("=Q", asked))
+        bench.port.mtu = now
+        assert front.get_config(12)[10:] == struct.pack("=H", told)
+
+
 def test_config_space(bench4: Bench) -> None:
     with bench4.connect() as front:
         front.set_protocol_features(P_REPLY_ACK | 1 << 9)

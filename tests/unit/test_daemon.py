@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from xdpvhost import daemon, privileges
 from xdpvhost.config import UpConfig
-from xdpvhost.errors import NicError
+from xdpvhost.errors import DatapathError, NicError
 from xdpvhost.links.journal import Journal
+from xdpvhost.switch import Switch
 
 
 def test_it_does_not_claim_that_the_nic_is_as_it_was(
@@ -32,3 +38,94 @@ def test_it_does_not_claim_that_the_nic_is_as_it_was(
         daemon.run(UpConfig(iface="nic0", guests=(), run_dir=tmp_path))
     assert "nic0 is NOT as it was" in caplog.text
     assert "is as it was" not in caplog.text
+
+
+class Scripted:
+    """A switch whose device fails in as many ways as there are, one after the other."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.failures = list(failures)
+        self.followed = asyncio.Event()
+        self.visits = 0
+
+    def follow_mtus(self) -> None:
+        if self.failures:
+            raise self.failures.pop()
+        self.followed.set()
+
+    def follow_links(self) -> None:
+        pass
+
+    def faulted(self) -> list[Any]:
+        self.visits += 1
+        return []
+
+    def serve_requests(self) -> None:
+        pass
+
+
+def test_device_is_watched_after_any_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "DEVICE_PERIOD", 0)
+
+    async def watch() -> None:
+        up = daemon.Daemon(UpConfig(iface="nic0", guests=(), run_dir=tmp_path))
+        switch = Scripted(OSError(errno.EMFILE, "many"), NicError("gone"), KeyError("a bug"))
+        up._switch = cast(Switch, switch)
+        task = asyncio.create_task(up._watch_device())
+        await asyncio.wait_for(switch.followed.wait(), 5)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(watch())
+
+
+def test_events_of_the_data_plane_are_looked_at_now_and_then(tmp_path: Path) -> None:
+    """A guest causes one with each control command, and each look visits all guests."""
+
+    class Events:
+        event_fd = os.eventfd(1)
+
+    async def storm() -> tuple[int, float]:
+        loop = asyncio.get_running_loop()
+        up = daemon.Daemon(UpConfig(iface="nic0", guests=(), run_dir=tmp_path))
+        switch = Scripted()
+        up._switch, up._dp = cast(Switch, switch), cast(Any, Events)
+        up._watch_data_plane()
+        begun = loop.time()
+        while switch.visits < 3:
+            os.eventfd_write(Events.event_fd, 1)
+            await asyncio.sleep(0)
+        took = loop.time() - begun
+        up._ignore_data_plane()
+        return switch.visits, took
+
+    visits, took = asyncio.run(storm())
+    os.close(Events.event_fd)
+    assert took >= (visits - 1) * daemon.EVENT_PERIOD * 0.9
+
+
+def test_mtu_that_could_not_be_told_is_told_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        changes = 1
+
+        def follow_mtu(self) -> bool:
+            self.changes, changed = 0, self.changes
+            return bool(changed)
+
+    switch, device, told = Switch(cast(Any, None)), Device(), list[str]()
+    switch.nics.append(cast(Any, device))
+    guest = SimpleNamespace(nic=device, config_changed=lambda: told.append("guest"))
+    switch.guests["vm1"] = cast(Any, guest)
+
+    def fails() -> None:
+        raise DatapathError("no memory", errno.ENOMEM)
+
+    monkeypatch.setattr(switch, "publish", fails)
+    with pytest.raises(DatapathError):
+        switch.follow_mtus()
+    assert not told
+    monkeypatch.setattr(switch, "publish", lambda: told.append("workers"))
+    switch.follow_mtus()
+    switch.follow_mtus()
+    assert told == ["workers", "guest"]
