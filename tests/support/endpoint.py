@@ -275,7 +275,14 @@ def idle(endpoint: Endpoint) -> None:
     wait_for(lambda: not endpoint.connected, 5, "the session to end", interval=0.001)
 
 
+def closing() -> bool:
+    """Whether descriptors are being closed beside the event loop (ctl/vhost/closer.py)."""
+    return any(thread.name.startswith("xdpvhost-close-") for thread in threading.enumerate())
+
+
 def fd_count() -> int:
+    """This process's descriptors, when none is about to be closed."""
+    wait_for(lambda: not closing(), 10, "descriptors to be closed", interval=0.001)
     return len(os.listdir("/proc/self/fd"))
 
 
