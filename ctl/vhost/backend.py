@@ -42,7 +42,6 @@ from .wire import (
     MAX_CONFIG,
     MAX_MEM_SLOTS,
     MAX_RING_SIZE,
-    RING_NO_FD,
     U64,
     VIRTIO_F_RING_PACKED,
     VIRTIO_NET_F_HASH_REPORT,
@@ -73,6 +72,7 @@ MIN_MTU = 68
 ACK_OK = U64(0).pack()
 ACK_FAILED = U64(1).pack()
 TRANSFER_FAILED = 1
+TRANSFER_NO_FD = 0x100
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ class VhostUserDevice:
     def _serve(self, received: Message) -> Answer | None:
         number = received.header.request
         entry = TABLE.get(number)
-        if entry is None or (entry.needs and entry.needs not in OFFERED):
+        if entry is None:
             raise ProtocolError(Violation.REQUEST, "it is not a request that xdpvhost offers")
         payload = entry.payload.parse(received.payload)
         expected = payload.fds
@@ -266,6 +266,7 @@ class VhostUserDevice:
         if self._rings.inflight is not None:
             self._rings.inflight.close()
             self._rings.inflight = None
+        self._drop_transfer()
         self._rings.features, self._rings.negotiated, self._status = 0, False, 0
         self._mtu_set = None
         self._port.reset_state()
@@ -358,7 +359,12 @@ class VhostUserDevice:
         old, ring.call = ring.call, call
         ring.call_is_socket = call is not None and call.kind == "socket"
         if ring.parked:
-            self._rings.detach([ring])
+            try:
+                self._rings.detach([ring])
+            except BaseException:
+                old, ring.call = ring.call, old  # it is in the data plane with its old descriptor
+                close_fd(old)
+                raise
         elif ring.vring is not None:
             ring.vring.set_call(call.number if call else -1)
             self._port.quiesce()
@@ -426,10 +432,8 @@ class VhostUserDevice:
     def _set_device_state_fd(self, payload: DeviceState, fds: FdBag) -> Answer:
         """The channel is always ours; the front-end's is closed with its message."""
         check_channel(fds, "the channel of the device's state")
-        if self._transfer is not None:
-            self._transfer.close()
-            self._transfer = None
-        failed = U64(TRANSFER_FAILED | RING_NO_FD).pack()
+        self._drop_transfer()
+        failed = U64(TRANSFER_FAILED | TRANSFER_NO_FD).pack()
         if payload.phase != DeviceState.STOPPED:
             raise RequestRefused(f"migration phase {payload.phase} is not known", failed)
         if any(ring.vring is not None for ring in self._rings):
@@ -438,7 +442,13 @@ class VhostUserDevice:
             self._transfer = Transfer(self._port, payload.direction)
             return Answer(U64(0).pack(), self._transfer.front_end())
         except OSError as error:
+            self._drop_transfer()
             raise RequestRefused(f"cannot make a channel: {error.strerror}", failed) from error
+
+    def _drop_transfer(self) -> None:
+        transfer, self._transfer = self._transfer, None
+        if transfer is not None:
+            transfer.close()
 
     def _check_device_state(self, _payload: Empty, _fds: FdBag) -> bytes:
         transfer, self._transfer = self._transfer, None

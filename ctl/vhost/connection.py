@@ -15,6 +15,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -95,6 +96,10 @@ class Connection:
                         control = []
                     except (BlockingIOError, InterruptedError):
                         await self._wait(write=True)
+                    except OSError as error:
+                        if error.errno not in (errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM):
+                            raise
+                        raise ConnectionAbortedError(error.errno, f"cannot answer: {error.strerror}") from error
         except TimeoutError:
             raise ProtocolError(
                 Violation.STALLED, f"the front-end has not read its replies for {self._timeout:g} s"

@@ -172,7 +172,8 @@ class Rings:
         """Builds those of `rings` that run anew, and every other runnable one, in one publication.
 
         `memory_incomplete`: the front-end is changing memory region by region, so a ring may lie outside for a while.
-        Otherwise that is a ProtocolError. On an error everything is as before.
+        Otherwise that is a ProtocolError. On an error everything is as before, but with an in-flight region the rings
+        have left the data plane.
         """
         if self.inflight is None:
             self._replace([ring for ring in rings if ring.vring is not None], memory_incomplete)

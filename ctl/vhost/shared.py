@@ -128,8 +128,12 @@ class SealedFile:
             raise
 
     def write(self, data: bytes) -> Self:
-        """Puts `data` at the beginning; whoever reads the descriptor begins there."""
-        os.pwrite(self.fd.number, data, 0)
+        """Puts `data` at the beginning; whoever reads the descriptor begins there. Closed when that raises OSError."""
+        try:
+            os.pwrite(self.fd.number, data, 0)
+        except BaseException:
+            self.fd.close()
+            raise
         return self
 
     def read(self) -> bytes:

@@ -443,6 +443,31 @@ def test_device_state_in_a_wrong_order(bench: Bench) -> None:
         refused(bench, front, Violation.VALUE)
 
 
+def test_reset_forgets_a_transfer(bench: Bench) -> None:
+    with bench.connect() as front:
+        front.set_protocol_features(PROTOCOL)
+        front.sync()
+        before = fd_count()
+        reading, writing = os.pipe()
+        _, channel = front.ask_fd(Request.SET_DEVICE_STATE_FD, bytes(8), [writing])
+        assert channel is not None
+        for fd in (reading, writing, channel):
+            os.close(fd)
+        front.tell(Request.RESET_DEVICE)
+        assert front.ask_u64(Request.CHECK_DEVICE_STATE) == 1, "there is none to check"
+        assert fd_count() == before
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/zero", "/"])
+def test_device_state_by_a_channel_of_the_wrong_kind(bench: Bench, path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    with bench.connect() as front:
+        front.set_protocol_features(PROTOCOL)
+        front.send(Request.SET_DEVICE_STATE_FD, bytes(8), [fd])
+        os.close(fd)
+        refused(bench, front, Violation.FDS)
+
+
 def test_reset_forgets_what_the_guest_has_set(bench: Bench) -> None:
     with bench.device() as device:
         device.up()
