@@ -29,8 +29,6 @@ from support.process import wait_for
 from support.uml import UmlGuest
 
 TOP = Path(__file__).resolve().parents[1]
-MEMORY = "512M"  # TCP's windows grow with it; with 128 MiB they, and not the path, limit the rate
-WRITE = "1M"  # iperf3's writes: a system call costs a User-Mode Linux process some 100 us, whatever the network
 
 WAYS = {"out": "guest to network", "in": "network to guest", "guest-guest": "guest to guest"}
 SYSTEMS = {
@@ -97,14 +95,14 @@ class System:
         self.offloads = which
 
 
-def xdpvhost(stack: ExitStack, options: list[str]) -> System:
+def xdpvhost(stack: ExitStack, memory: str, options: list[str]) -> System:
     lab = stack.enter_context(Lab(quiet=True))
     lab.up([spec(1), spec(2)], options)
-    lab.boot(1, 2, mem=MEMORY)
+    lab.boot(1, 2, mem=memory)
     return System(lab.net, [lab.guests[1], lab.guests[2]], "eth0")
 
 
-def tap(stack: ExitStack, bridged: bool) -> System:
+def tap(stack: ExitStack, memory: str, bridged: bool) -> System:
     """UML's own driver on taps: in a bridge with a veth, as an owner would have it, or with the peer's address."""
     world = stack.enter_context(World())
     net = world.namespace("net")
@@ -126,7 +124,7 @@ def tap(stack: ExitStack, bridged: bool) -> System:
             host.ip("addr", "add", f"{NET_IP}/{PREFIX}", "dev", name)
         vector = f"transport=tap,ifname={name},depth=128,gro=1,mac={guest_mac(number)}"
         label = f"{'bridge' if bridged else 'host'}{number}"
-        guest = UmlGuest(None, label, directory=world.directory, mem=MEMORY, vector=vector, inside=host)
+        guest = UmlGuest(None, label, directory=world.directory, mem=memory, vector=vector, inside=host)
         world.stack.callback(guest.close)
         guest.begin()
         guests.append(guest)
@@ -135,19 +133,19 @@ def tap(stack: ExitStack, bridged: bool) -> System:
     return System(net, guests, "vec0")
 
 
-MAKE: dict[str, Callable[[ExitStack], System]] = {
-    "xdpvhost": lambda stack: xdpvhost(stack, []),
-    "xdpvhost-none": lambda stack: xdpvhost(stack, ["--xdp-mode", "none"]),
-    "tap-bridge": lambda stack: tap(stack, bridged=True),
-    "tap-host": lambda stack: tap(stack, bridged=False),
+MAKE: dict[str, Callable[[ExitStack, str], System]] = {
+    "xdpvhost": lambda stack, memory: xdpvhost(stack, memory, []),
+    "xdpvhost-none": lambda stack, memory: xdpvhost(stack, memory, ["--xdp-mode", "none"]),
+    "tap-bridge": lambda stack, memory: tap(stack, memory, bridged=True),
+    "tap-host": lambda stack, memory: tap(stack, memory, bridged=False),
 }
 
 
-def measure(system: System, way: str, seconds: int) -> float:
+def measure(system: System, way: str, seconds: int, write: str) -> float:
     """Gb/s that arrived."""
     client = system.guests[0]
     # Linux's own default at both ends: BBR, which this host may have, paces by a model of the path
-    command = f"iperf3 -J -C cubic -t {seconds} -l {WRITE} -c"
+    command = f"iperf3 -J -C cubic -t {seconds} -l {write} -c"
     if way == "guest-guest":
         server = system.guests[1]
         server.spawn("iperf3 -s -1 --forceflush")
@@ -226,6 +224,10 @@ def document(rows: list[Row], facts: dict[str, object], path: Path) -> None:
 @click.command()
 @click.option("--repeat", default=5, show_default=True, help="Samples of each row.")
 @click.option("--seconds", default=3, show_default=True, help="Length of a sample.")
+# TCP's windows grow with memory; with 128 MiB they, and not the path, limit the rate
+@click.option("--memory", default="512M", show_default=True, help="Of each guest.")
+# a system call costs a User-Mode Linux process some 100 us, whatever the network
+@click.option("--write", default="1M", show_default=True, help="iperf3's -l: bytes of a write.")
 @click.option("--way", "ways", type=click.Choice(list(WAYS)), multiple=True, default=tuple(WAYS), show_default=True)
 @click.option(
     "--system", "systems", type=click.Choice(list(SYSTEMS)), multiple=True, default=tuple(SYSTEMS), show_default=True
@@ -233,13 +235,20 @@ def document(rows: list[Row], facts: dict[str, object], path: Path) -> None:
 @click.option("--document", "page", type=click.Path(path_type=Path, exists=True), help="Put the results in this page.")
 @click.option("--output", type=click.Path(path_type=Path), default=TOP / ".cache" / "bench" / "tcp.json")
 def main(
-    repeat: int, seconds: int, ways: tuple[str, ...], systems: tuple[str, ...], page: Path | None, output: Path
+    repeat: int,
+    seconds: int,
+    memory: str,
+    write: str,
+    ways: tuple[str, ...],
+    systems: tuple[str, ...],
+    page: Path | None,
+    output: Path,
 ) -> None:
     """TCP of real guests, through xdpvhost and through a tap; writes OUTPUT."""
     console = Console(width=None if sys.stdout.isatty() else 130)
     rows = rows_of(systems, ways)
     with ExitStack() as stack:
-        made = {name: MAKE[name](stack) for name in systems}
+        made = {name: MAKE[name](stack, memory) for name in systems}
         guest_kernel = made[systems[0]].guests[0].run("uname -r").strip()
         with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
             task = progress.add_task("", total=repeat * len(rows))
@@ -247,7 +256,7 @@ def main(
                 for row in rows:
                     progress.update(task, description=f"{turn + 1}/{repeat} {row.way} {row.system} {row.offloads}")
                     made[row.system].set_offloads(row.offloads)
-                    row.gbits.append(measure(made[row.system], row.way, seconds))
+                    row.gbits.append(measure(made[row.system], row.way, seconds, write))
                     progress.advance(task)
     show(rows, console)
     facts: dict[str, object] = {
