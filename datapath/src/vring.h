@@ -228,6 +228,7 @@ enum chain_result {
  * CHAIN_WRONG_WAY, except that with `rest` set the walk may go on from readable to writable ones, which are counted in
  * `*rest` (the control virtqueue's shape). Zero-length descriptors are skipped. Every descriptor looked at, of whatever
  * kind, is paid for from `*budget`, so that no ring can keep a worker for longer than its owner allows: CHAIN_TOO_LONG.
+ * How long a packed ring's chain is, vring_peek() has found out before: that took at most PACKED_CHAIN_MAX looks.
  */
 enum chain_result vring_chain(struct xv_vring *vr, const struct xv_buf *buf, enum chain_direction direction,
 			      struct xv_seg *segs, uint32_t max, uint32_t *nr, uint64_t *bytes, uint32_t *rest,
