@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,7 +122,34 @@ def main(verbose: bool) -> None:
     show_default=True,
     help="How AF_XDP sockets bind; auto: zerocopy, else copy.",
 )
+@click.option(
+    "--mode",
+    type=click.Choice(config.MODES),
+    default="xdp",
+    show_default=True,
+    help="How guests get their frames: by the data plane (xdp), or by a device that QEMU opens. docs/modes.md.",
+)
+@click.option(
+    "--serve",
+    type=click.Choice(config.SERVE_CHOICES),
+    default="qemu",
+    show_default=True,
+    help="tap: who serves the guests: QEMU opens the tap, or the data plane does and offers vhost-user.",
+)
+@click.option("--bridge", metavar="NAME", help="tap, vhost-net, emulated: the bridge to use. [default: one is made]")
+@click.option("--routed", is_flag=True, help="tap, vhost-net, emulated: route to each guest's address, no bridge.")
+@click.option("--force", is_flag=True, help="Even if the interface has addresses, a route or a bridge: they move.")
+@click.option(
+    "--macvtap-mode",
+    type=click.Choice(config.MACVTAP_CHOICES),
+    default="bridge",
+    show_default=True,
+    help="macvtap: whom guests reach.",
+)
+@click.option("--pin-vhost", metavar="CPUS", help="vhost-net: where its kernel threads run, like 2,4-6.")
+@click.pass_context
 def up(
+    context: click.Context,
     iface: str,
     guests: tuple[str, ...],
     run_dir: Path,
@@ -131,25 +158,42 @@ def up(
     poll: config.PollMode,
     xdp_mode: config.XdpMode,
     bind: config.BindMode,
+    mode: config.Mode,
+    serve: config.Serve,
+    bridge: str | None,
+    routed: bool,
+    force: bool,
+    macvtap_mode: config.MacvtapMode,
+    pin_vhost: str | None,
 ) -> None:
     """Serve guests on an interface, in the foreground, until SIGTERM, SIGINT or `down`.
 
     Then the interface is given back exactly as it was.
     """
     run_dir = config.check_run_dir(run_dir)
+    given = click.core.ParameterSource.COMMANDLINE
+    config.check_options(mode, serve, [name for name in context.params if context.get_parameter_source(name) is given])
     wanted = config.UpConfig(
         iface=iface,
-        guests=config.parse_guests(guests, run_dir),
+        guests=config.parse_guests(guests, run_dir, mode),
         run_dir=run_dir,
         metrics=config.parse_metrics(metrics),
         workers=workers,
         poll=poll,
         xdp_mode=xdp_mode,
         bind=bind,
+        mode=mode,
+        serve=serve,
+        bridge=bridge,
+        routed=routed,
+        force=force,
+        macvtap_mode=macvtap_mode,
+        pin_vhost=config.parse_cpus(pin_vhost) if pin_vhost else (),
     )
-    privileges.require("up", privileges.UP)
     from . import daemon
+    from .service import service_for
 
+    privileges.require("up", service_for(wanted).needs)
     daemon.run(wanted)
 
 
@@ -208,13 +252,15 @@ def guest() -> None:
 @run_dir_option
 @json_option
 def guest_add(spec: str, run_dir: Path, as_json: bool) -> None:
-    """Add a guest: name=NAME,mac=MAC[,queues=N][,socket=PATH][,socket-mode=server|client]."""
-    parsed = config.parse_guest(spec, run_dir)
+    """Add a guest: name=NAME,mac=MAC[,queues=N] and what else the daemon's mode takes, as for `up --guest`."""
+    mode = api.call(run_dir, "wishes")["mode"]
+    parsed = config.parse_guest(spec, run_dir, mode)
     facts = api.call(run_dir, "guest-add", {"spec": config.format_guest(parsed)})
     if as_json:
         _print_json(facts)
-    else:
-        click.echo(f"guest {facts['name']}: {facts['mac']} on {facts['socket']} ({facts['socket_mode']})")
+        return
+    where = f"{facts['socket']} ({facts['socket_mode']})" if "socket" in facts else facts["device"]
+    click.echo(f"guest {facts['name']}: {facts['mac']} on {where}")
 
 
 @guest.command("rm")
@@ -269,9 +315,10 @@ def trace_drops(run_dir: Path, as_json: bool, seconds: float | None) -> None:
 @json_option
 def features(iface: str, as_json: bool) -> None:
     """Probe what an interface and this kernel can do for xdpvhost. Changes nothing."""
+    from . import modes
     from .xdp.features import probe
 
-    found = probe(iface)
+    found = [*probe(iface), *modes.probe(iface)]
     if as_json:
         _print_json([msgspec.to_builtins(feature) for feature in found])
         return
@@ -284,13 +331,16 @@ def features(iface: str, as_json: bool) -> None:
 
 def _device_options(command: F) -> F:
     """What `qemu-args` and `libvirt-xml` let choose about the device; qemu.Device."""
+    mode = click.option(
+        "--mode", type=click.Choice(config.MODES), help="The mode that a SPEC is for. [default: the daemon's, or xdp]"
+    )
     size = click.option(
         "--queue-size",
         type=click.Choice([str(size) for size in config.QUEUE_SIZES]),
         help="Entries of each virtqueue. [default: QEMU's own, 256]",
     )
     packed = click.option("--packed", is_flag=True, help="Offer the guest packed virtqueues.")
-    return size(packed(command))
+    return mode(size(packed(command)))
 
 
 @main.command("qemu-args")
@@ -306,6 +356,7 @@ def qemu_args(
     as_json: bool,
     memory: str,
     qemu_version: str | None,
+    mode: config.Mode | None,
     queue_size: str | None,
     packed: bool,
 ) -> None:
@@ -317,11 +368,20 @@ def qemu_args(
 
     version = qemu.parse_version(qemu_version) if qemu_version else qemu.installed_version()
     device = qemu.Device(int(queue_size) if queue_size else None, packed)
-    args = qemu.arguments(_parsed(guest, run_dir), qemu.check_memory(memory), version, device)
-    if as_json:
-        _print_json(args)
+    spec, facts = _parsed(guest, run_dir, mode)
+    qemu.check_memory(memory)
+    files: Mapping[int, str] = {}
+    if _own_socket(spec, facts):
+        args = qemu.arguments(spec, memory, version, device)
     else:
-        click.echo(qemu.shell(args))
+        from .modes import mode_for
+
+        net = mode_for(spec.mode).qemu(spec, device, facts)
+        args, files = ["-m", memory, *net.args], net.files
+    if as_json:
+        _print_json({"args": args, "files": files} if files else args)
+    else:
+        click.echo(qemu.shell(args, files))
 
 
 @main.command("libvirt-xml")
@@ -331,7 +391,13 @@ def qemu_args(
 @click.option("--interface", "only_interface", is_flag=True, help="Only <interface>, for `virsh attach-device`.")
 @_device_options
 def libvirt_xml(
-    guest: str, run_dir: Path, as_json: bool, only_interface: bool, queue_size: str | None, packed: bool
+    guest: str,
+    run_dir: Path,
+    as_json: bool,
+    only_interface: bool,
+    mode: config.Mode | None,
+    queue_size: str | None,
+    packed: bool,
 ) -> None:
     """Print the elements of a libvirt domain that attach it to GUEST.
 
@@ -341,23 +407,43 @@ def libvirt_xml(
     from . import libvirt, qemu
 
     device = qemu.Device(int(queue_size) if queue_size else None, packed)
-    elements = {} if only_interface else {"memoryBacking": libvirt.memory_backing()}
-    elements["interface"] = libvirt.interface(_parsed(guest, run_dir), device)
+    spec, facts = _parsed(guest, run_dir, mode)
+    elements = {}
+    if _own_socket(spec, facts):
+        if not only_interface:
+            elements["memoryBacking"] = libvirt.memory_backing()
+        elements["interface"] = libvirt.interface(spec, device)
+    else:
+        from .modes import mode_for
+
+        elements["interface"] = mode_for(spec.mode).libvirt(spec, device, facts)
     if as_json:
         _print_json(elements)
     else:
         click.echo("\n".join(elements.values()))
 
 
-def _parsed(guest: str, run_dir: Path) -> config.GuestSpec:
-    return config.parse_guest(guest if "=" in guest else _spec_of(guest, run_dir), run_dir)
+def _parsed(guest: str, run_dir: Path, mode: config.Mode | None) -> tuple[config.GuestSpec, Mapping[str, Any] | None]:
+    """A guest, and what the running daemon says of it. A SPEC needs no daemon, and then there are no facts."""
+    if "=" in guest:
+        return config.parse_guest(guest, run_dir, mode or "xdp"), None
+    running: config.Mode = api.call(run_dir, "wishes")["mode"]
+    if mode not in (None, running):
+        raise ConfigError(f"--mode {mode}: the daemon of {run_dir} is in mode {running}; leave it out")
+    facts = _facts_of(guest, run_dir)
+    return config.parse_guest(str(facts["spec"]), run_dir, running), facts
 
 
-def _spec_of(name: str, run_dir: Path) -> str:
+def _own_socket(spec: config.GuestSpec, facts: Mapping[str, Any] | None) -> bool:
+    """Whether the guest is served over vhost-user."""
+    return spec.mode == "xdp" or (facts is not None and "socket" in facts)
+
+
+def _facts_of(name: str, run_dir: Path) -> Mapping[str, Any]:
     guests = api.call(run_dir, "guest-list")
     for facts in guests:
         if facts["name"] == name:
-            return str(facts["spec"])
+            return dict(facts)
     known = ", ".join(facts["name"] for facts in guests) or "none"
     raise ConfigError(f"guest {name!r} does not exist; guests here: {known}")
 

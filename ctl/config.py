@@ -7,10 +7,10 @@ Nothing here looks at the machine. Every refusal is a ConfigError that names the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
@@ -19,12 +19,18 @@ PollMode = Literal["adaptive", "busy", "interrupt"]
 XdpMode = Literal["auto", "native", "generic", "none"]
 BindMode = Literal["auto", "zerocopy", "copy"]
 MacChange = Literal["deny", "allow"]
+Mode = Literal["xdp", "tap", "vhost-net", "macvtap", "vf", "emulated"]
+Serve = Literal["qemu", "vhost-user"]
+MacvtapMode = Literal["bridge", "private", "vepa", "passthru"]
 
 SOCKET_MODES: tuple[str, ...] = get_args(SocketMode)
 POLL_CHOICES: tuple[str, ...] = get_args(PollMode)
 XDP_CHOICES: tuple[str, ...] = get_args(XdpMode)
 BIND_CHOICES: tuple[str, ...] = get_args(BindMode)
 MAC_CHANGES: tuple[str, ...] = get_args(MacChange)
+MODES: tuple[Mode, ...] = get_args(Mode)
+SERVE_CHOICES: tuple[str, ...] = get_args(Serve)
+MACVTAP_CHOICES: tuple[str, ...] = get_args(MacvtapMode)
 
 DEFAULT_RUN_DIR = Path("/run/xdpvhost")
 DEFAULT_METRICS = "127.0.0.1:9477"
@@ -36,9 +42,38 @@ MAX_SOCKET_PATH = 107  # sizeof(sun_path) is 108 with the terminating NUL: unix(
 API_SOCKET = "api.sock"
 RESERVED_NAMES = frozenset({"api"})  # RUN_DIR/api.sock is the daemon's own
 
-SPEC_KEYS = ("name", "mac", "queues", "socket", "socket-mode", "mac-change")
+COMMON_KEYS = ("name", "mac", "queues")
+SOCKET_KEYS = ("socket", "socket-mode", "mac-change")
+SPEC_KEYS = COMMON_KEYS + SOCKET_KEYS  # of mode xdp; MODE_KEYS are the others'
 SPEC_SYNTAX = "name=NAME,mac=MAC[,queues=N][,socket=PATH][,socket-mode=server|client][,mac-change=deny|allow]"
+_TAP_KEYS = {"tap": "NAME", "owner": "USER", "group": "GROUP", "address": "IP[+IP…]"}
+_NODE_KEYS = {"tap": "NAME", "owner": "USER", "group": "GROUP"}
+# The keys that each other mode adds to COMMON_KEYS, and what their values are like. ctl/modes/MODE.py checks them.
+MODE_KEYS: dict[Mode, dict[str, str]] = {
+    "xdp": {},
+    "tap": {**_TAP_KEYS, "socket": "PATH", "socket-mode": "server|client", "mac-change": "deny|allow"},
+    "vhost-net": _TAP_KEYS,
+    "macvtap": _NODE_KEYS,
+    "vf": {},
+    "emulated": _TAP_KEYS,
+}
 
+# In which modes an option of `up` means something; the others are for all. `--serve vhost-user` is like xdp.
+_BRIDGED: tuple[Mode, ...] = ("tap", "vhost-net", "emulated")
+OPTION_MODES: dict[str, tuple[Mode, ...]] = {
+    "workers": ("xdp",),
+    "poll": ("xdp",),
+    "xdp_mode": ("xdp",),
+    "bind": ("xdp",),
+    "serve": ("tap",),
+    "bridge": _BRIDGED,
+    "routed": _BRIDGED,
+    "force": (*_BRIDGED, "macvtap"),
+    "macvtap_mode": ("macvtap",),
+    "pin_vhost": ("vhost-net",),
+}
+
+_NO_WISHES = frozenset({"force", "guests"})
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(?P<sep>[:-])[0-9A-Fa-f]{2}(?:(?P=sep)[0-9A-Fa-f]{2}){4}")
 
@@ -49,6 +84,7 @@ class GuestSpec:
 
     `socket_mode` says what xdpvhost does with the socket: "server" listens there, "client" connects to it.
     `mac_change` says whether the guest may listen to other unicast addresses than `mac`.
+    `keys` are the values of its mode's own SPEC keys, as they were given; the mode's file says what they mean.
     """
 
     name: str
@@ -57,6 +93,12 @@ class GuestSpec:
     socket: Path
     socket_mode: SocketMode = "server"
     mac_change: MacChange = "deny"
+    mode: Mode = "xdp"
+    keys: tuple[tuple[str, str], ...] = ()
+
+    def key(self, name: str) -> str | None:
+        """The value of one of the mode's own keys, or None."""
+        return dict(self.keys).get(name)
 
 
 @dataclass(frozen=True)
@@ -80,6 +122,13 @@ class UpConfig:
     poll: PollMode = "adaptive"
     xdp_mode: XdpMode = "auto"
     bind: BindMode = "auto"
+    mode: Mode = "xdp"
+    serve: Serve = "qemu"  # who serves the guests of mode tap
+    bridge: str | None = None  # None: one of our own
+    routed: bool = False  # instead of a bridge
+    force: bool = False  # not a wish: it says that breaking the NIC's present use is meant
+    macvtap_mode: MacvtapMode = "bridge"
+    pin_vhost: tuple[int, ...] = ()  # CPUs
 
 
 def format_mac(mac: bytes) -> str:
@@ -101,58 +150,76 @@ def parse_mac(text: str, what: str) -> bytes:
     return mac
 
 
-def parse_guest(text: str, run_dir: Path = DEFAULT_RUN_DIR) -> GuestSpec:
-    """Parse SPEC. `run_dir` is where the default socket lies.
+def spec_keys(mode: Mode) -> tuple[str, ...]:
+    """The keys of a guest's SPEC in this mode."""
+    return SPEC_KEYS if mode == "xdp" else (*COMMON_KEYS, *MODE_KEYS[mode])
 
-    Raises ConfigError: unknown, repeated, empty or missing keys, and everything that `check_name`, `parse_mac` and
-    `check_socket` refuse.
+
+def spec_syntax(mode: Mode) -> str:
+    """How a guest's SPEC is written in this mode."""
+    if mode == "xdp":
+        return SPEC_SYNTAX
+    return "name=NAME,mac=MAC[,queues=N]" + "".join(f"[,{key}={value}]" for key, value in MODE_KEYS[mode].items())
+
+
+def parse_guest(text: str, run_dir: Path = DEFAULT_RUN_DIR, mode: Mode = "xdp") -> GuestSpec:
+    """Parse SPEC. `run_dir` is where the default socket lies, `mode` says which keys there are.
+
+    Raises ConfigError: unknown, repeated, empty or missing keys, and everything that `check_name`, `parse_mac`,
+    `check_socket` and the mode refuse.
     """
     what = f"guest {text!r}"
+    known, syntax = spec_keys(mode), spec_syntax(mode)
     values: dict[str, str] = {}
     for part in text.split(","):
         key, equals, value = part.partition("=")
         if not equals:
-            raise ConfigError(f"{what}: {part!r} is not key=value; the syntax is {SPEC_SYNTAX}")
-        if key not in SPEC_KEYS:
-            raise ConfigError(f"{what}: unknown key {key!r}; known keys are {', '.join(SPEC_KEYS)}")
+            raise ConfigError(f"{what}: {part!r} is not key=value; the syntax is {syntax}")
+        if key not in known:
+            of_mode = "" if mode == "xdp" else f" in mode {mode}"
+            raise ConfigError(f"{what}: unknown key {key!r}{of_mode}; known keys are {', '.join(known)}")
         if key in values:
             raise ConfigError(f"{what}: key {key!r} is given twice; give it once")
         if not value:
-            raise ConfigError(f"{what}: key {key!r} has no value; the syntax is {SPEC_SYNTAX}")
+            raise ConfigError(f"{what}: key {key!r} has no value; the syntax is {syntax}")
         values[key] = value
     for key in ("name", "mac"):
         if key not in values:
-            raise ConfigError(f"{what}: key {key!r} is missing; the syntax is {SPEC_SYNTAX}")
+            raise ConfigError(f"{what}: key {key!r} is missing; the syntax is {syntax}")
 
     name = check_name(values["name"], what)
-    mode = values.get("socket-mode", "server")
-    if mode == "server":
-        socket_mode: SocketMode = "server"
-    elif mode == "client":
-        socket_mode = "client"
-    else:
-        raise ConfigError(f"{what}: socket-mode={mode} is unknown; use {' or '.join(SOCKET_MODES)}")
+    wanted = values.get("socket-mode", "server")
+    if wanted not in SOCKET_MODES:
+        raise ConfigError(f"{what}: socket-mode={wanted} is unknown; use {' or '.join(SOCKET_MODES)}")
     change = values.get("mac-change", "deny")
     if change not in MAC_CHANGES:
         raise ConfigError(f"{what}: mac-change={change} is unknown; use {' or '.join(MAC_CHANGES)}")
     given = values.get("socket")
     socket = Path(given).absolute() if given else run_dir.absolute() / f"{name}.sock"
-    return GuestSpec(
+    spec = GuestSpec(
         name=name,
         mac=parse_mac(values["mac"], what),
         queues=_parse_queues(values.get("queues", "1"), what),
         socket=check_socket(socket, what),
-        socket_mode=socket_mode,
+        socket_mode="client" if wanted == "client" else "server",
         mac_change="allow" if change == "allow" else "deny",
+        mode=mode,
+        keys=tuple((key, value) for key, value in values.items() if key not in SPEC_KEYS),
     )
+    if mode != "xdp":
+        from .modes import mode_for
+
+        mode_for(mode).check_spec(spec)
+    return spec
 
 
 def format_guest(spec: GuestSpec) -> str:
     """The SPEC that parses to `spec` whatever the run directory."""
-    return (
-        f"name={spec.name},mac={format_mac(spec.mac)},queues={spec.queues},socket={spec.socket},"
-        f"socket-mode={spec.socket_mode}"
-    ) + (",mac-change=allow" if spec.mac_change == "allow" else "")
+    text = f"name={spec.name},mac={format_mac(spec.mac)},queues={spec.queues}"
+    if "socket" in spec_keys(spec.mode):
+        text += f",socket={spec.socket},socket-mode={spec.socket_mode}"
+        text += ",mac-change=allow" if spec.mac_change == "allow" else ""
+    return text + "".join(f",{key}={value}" for key, value in spec.keys)
 
 
 def check_name(name: str, what: str) -> str:
@@ -202,11 +269,11 @@ def check_new_guest(spec: GuestSpec, others: Iterable[GuestSpec]) -> None:
             )
 
 
-def parse_guests(texts: Sequence[str], run_dir: Path) -> tuple[GuestSpec, ...]:
+def parse_guests(texts: Sequence[str], run_dir: Path, mode: Mode = "xdp") -> tuple[GuestSpec, ...]:
     """Parse every SPEC and check each against those before it."""
     specs: list[GuestSpec] = []
     for text in texts:
-        spec = parse_guest(text, run_dir)
+        spec = parse_guest(text, run_dir, mode)
         check_new_guest(spec, specs)
         specs.append(spec)
     if len(specs) > MAX_GUESTS:
@@ -233,3 +300,52 @@ def parse_metrics(text: str) -> MetricsAddress | None:
     if not colon or not host or not good_port or (":" in host and not bracketed):
         raise ConfigError(f"--metrics {text}: not ADDR:PORT; write 127.0.0.1:9477, [::1]:9477 or none")
     return MetricsAddress(host[1:-1] if bracketed else host, int(port))
+
+
+def check_options(mode: Mode, serve: Serve, given: Iterable[str]) -> None:
+    """Raise ConfigError for an option of `up` that was given (by its parameter's name) and means nothing in `mode`."""
+    for name in given:
+        modes = OPTION_MODES.get(name)
+        served = mode == "tap" and serve == "vhost-user" and modes == ("xdp",)
+        if modes is not None and mode not in modes and not served:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option}: means nothing in mode {mode}, only in {', '.join(modes)}; leave it out")
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """CPUs as taskset(1) takes them: numbers and ranges, with commas."""
+    cpus: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part, re.ASCII)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ConfigError(f"--pin-vhost {text}: {part!r} is no CPU, nor a range of them; write it like 2,4-6")
+        cpus.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(cpus))
+
+
+def wishes(config: UpConfig, guests: Iterable[GuestSpec]) -> dict[str, Any]:
+    """What `up` was asked for, and which guests were added or removed since, as JSON values."""
+    values: dict[str, Any] = {
+        field.name: getattr(config, field.name) for field in fields(config) if field.name not in _NO_WISHES
+    }
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            values[name] = list(value)
+        elif not isinstance(value, str | int | None):
+            values[name] = str(value)
+    return values | {"guests": sorted(map(format_guest, guests))}
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """For people: in what wishes of ours and of a running daemon differ."""
+    return [
+        f"{name.replace('_', '-')} {_words(theirs.get(name))} instead of {_words(value)}"
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    ]
+
+
+def _words(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .config import GuestSpec, format_mac
@@ -100,7 +101,11 @@ def arguments(
     ]
 
 
-def shell(args: list[str]) -> str:
-    """The arguments as lines to paste into a shell command, one option a line."""
-    pairs = zip(args[::2], args[1::2], strict=True)
-    return " \\\n".join(f"{option} {shlex.quote(value)}" for option, value in pairs)
+def shell(args: Sequence[str], files: Mapping[int, str] | None = None) -> str:
+    """The arguments as lines to paste into a shell command, one option a line, and files that the shell opens last.
+
+    A file's path is for the shell to expand: it may have a `$(…)` in it.
+    """
+    lines = [f"{option} {shlex.quote(value)}" for option, value in zip(args[::2], args[1::2], strict=True)]
+    lines += [f"{fd}<>{path}" for fd, path in (files or {}).items()]
+    return " \\\n".join(lines)

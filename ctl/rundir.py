@@ -28,6 +28,10 @@ JOURNAL_FILE = "journal.jsonl"
 SO_ACCEPTCON = 0x10000  # flag in /proc/net/unix: listening
 
 
+class RunDirTaken(DaemonError):
+    """Another daemon has the run directory."""
+
+
 class RunDir:
     """The locked run directory of one daemon. close() removes the lock, and the directory if it was made here."""
 
@@ -61,7 +65,7 @@ class RunDir:
             except BlockingIOError:
                 pid = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
                 os.close(fd)
-                raise DaemonError(
+                raise RunDirTaken(
                     f"another xdpvhost (pid {pid}) runs in {self.path}; end it with `xdpvhost down`, or give another "
                     "--run-dir"
                 ) from None

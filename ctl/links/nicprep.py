@@ -38,7 +38,8 @@ PACKET_ADD_MEMBERSHIP, PACKET_DROP_MEMBERSHIP = 1, 2
 PACKET_MR_PROMISC, PACKET_MR_ALLMULTI, PACKET_MR_UNICAST = 1, 2, 3
 
 
-def _where(ifindex: int) -> dict[str, object]:
+def where(ifindex: int) -> dict[str, object]:
+    """What says of a journal's entry which interface it is about, and in which namespace and since which boot."""
     namespace = Namespace.current()
     return {
         "ifindex": ifindex,
@@ -50,8 +51,8 @@ def _where(ifindex: int) -> dict[str, object]:
 
 def adoptable(journal: Journal, ifindex: int) -> list[Entry]:
     """What is pending of the NIC that a new `NicPrep` for it adopts."""
-    where = _where(ifindex).items()
-    return [entry for entry in journal.pending() if entry.kind in ADOPTED and where <= entry.args.items()]
+    here = where(ifindex).items()
+    return [entry for entry in journal.pending() if entry.kind in ADOPTED and here <= entry.args.items()]
 
 
 class NicPrep:
@@ -60,7 +61,7 @@ class NicPrep:
     def __init__(self, link: Link, journal: Journal) -> None:
         self.link = link
         self._journal = journal
-        self._where = {"iface": link.name, **_where(link.index)}
+        self._where = {"iface": link.name, **where(link.index)}
         self._entries = adoptable(journal, link.index)
         self._features = next((entry for entry in self._entries if entry.kind == "features"), None)
         self._before = {name: feature.active for name, feature in ethtool.features(link.name).items()}

@@ -16,26 +16,37 @@ from typing import Any
 
 from ..errors import DaemonError, NicError
 from ..rundir import InterfaceLock
-from ..xdp.program import detach_leftover
 from . import ethtool
 from .journal import Undo
 from .netlink import Namespace, boot_id, get_link, link_name, set_up
 
 GONE = "the interface is gone"
 
+Beside = Callable[[str | None, Mapping[str, Any]], str]
+
 
 def handlers(held: int | None = None) -> dict[str, Undo]:
     """`held`: the index of the interface whose lock the caller has."""
-    kinds = {"link_up": _link_up, "features": _features, "channels": _channels, "xdp": _xdp}
+    # Changes to an interface, which are gone when it is. The handler gets its present name.
+    on_it = {"link_up": _link_up, "features": _features, "channels": _channels, "xdp": _xdp}
+    # Changes to the host for the sake of an interface, which stay when it goes. The handler gets None then.
+    beside_it: dict[str, Beside] = {"wishes": _wishes}
+    kinds = {kind: _or_gone(change) for kind, change in on_it.items()} | beside_it
     return {kind: partial(_undo, held, change) for kind, change in kinds.items()}
 
 
-def _undo(held: int | None, change: Callable[[str, Mapping[str, Any]], str], args: Mapping[str, Any]) -> str:
+def _or_gone(change: Callable[[str, Mapping[str, Any]], str]) -> Beside:
+    return lambda iface, args: GONE if iface is None else change(iface, args)
+
+
+def _undo(held: int | None, change: Beside, args: Mapping[str, Any]) -> str:
     if args.get("boot_id", boot_id()) != boot_id():
         return f"interface {args['iface']}: the machine was booted since"
-    iface = _interface(args)
-    if iface is None:
+    if not _namespace_is_ours(args):
         return GONE
+    iface = link_name(int(args["ifindex"]))
+    if iface is None:
+        return change(None, args)
     try:
         lock = None if int(args["ifindex"]) == held else InterfaceLock(iface, "`xdpvhost clean` can undo it afterwards")
     except DaemonError as exc:
@@ -44,20 +55,24 @@ def _undo(held: int | None, change: Callable[[str, Mapping[str, Any]], str], arg
         return change(iface, args)
 
 
-def _interface(args: Mapping[str, Any]) -> str | None:
-    """The present name of the entry's device; None when it is gone.
+def _namespace_is_ours(args: Mapping[str, Any]) -> bool:
+    """False when the network namespace of the entry's device is gone, and all in it.
 
-    Raises NicError when the device is in a network namespace that is not ours.
+    Raises NicError when it is another one than ours.
     """
     recorded = Namespace(int(args["netns_cookie"]), int(args["netns_inode"]))
     if recorded != Namespace.current():
         if not recorded.exists():
-            return None
+            return False
         raise NicError(
             f"interface {args['iface']}: it is in another network namespace (inode {recorded.inode}): "
             "run `xdpvhost clean` there"
         )
-    return link_name(int(args["ifindex"]))
+    return True
+
+
+def _wishes(_iface: str | None, args: Mapping[str, Any]) -> str:
+    return f"interface {args['iface']}: was up in mode {args['wishes']['mode']}"
 
 
 def _link_up(iface: str, args: Mapping[str, Any]) -> str:
@@ -85,6 +100,8 @@ def _channels(iface: str, args: Mapping[str, Any]) -> str:
 
 
 def _xdp(iface: str, args: Mapping[str, Any]) -> str:
+    from ..xdp.program import detach_leftover  # here, so that modes without XDP do without its libraries
+
     if detach_leftover(int(args["ifindex"]), args.get("program_id")):
         return f"interface {iface}: XDP program detached"
     return f"interface {iface}: no XDP program of ours"

@@ -10,7 +10,7 @@ with value 0 from the moment its object does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..datapath import CTRL_NAMES, DROP_NAMES
 from ..vhost.errors import Violation
@@ -41,6 +41,14 @@ class Metric:
     kind: Literal["counter", "gauge"]
     labels: tuple[str, ...]
     help: str
+
+
+class Sample(NamedTuple):
+    """One value; `labels` in the order of `metric.labels`."""
+
+    metric: Metric
+    labels: tuple[str, ...]
+    value: int
 
 
 BUILD_INFO = Metric("xdpvhost_build_info", "gauge", ("version", "abi"), "Always 1; the labels say what is running.")
@@ -225,6 +233,27 @@ WORKER_PACKETS = Metric(
     "xdpvhost_worker_packets_total", "counter", ("worker",), "Frames that the worker read from any port."
 )
 
+LINK_PACKETS = Metric(
+    "xdpvhost_link_packets_total",
+    "counter",
+    ("mode", "guest", "direction"),
+    "Packets through the guest's device in a mode that the data plane doesn't serve; a GSO packet counts once.",
+)
+LINK_BYTES = Metric(
+    "xdpvhost_link_bytes_total",
+    "counter",
+    ("mode", "guest", "direction"),
+    "Bytes of `xdpvhost_link_packets_total`.",
+)
+LINK_DROPS = Metric(
+    "xdpvhost_link_drops_total",
+    "counter",
+    ("mode", "guest", "direction"),
+    "Packets that the kernel dropped at the guest's device: towards the guest, because it doesn't read; or from it.",
+)
+# Of modes without the data plane, which have none of the others.
+LINK_METRICS: tuple[Metric, ...] = (LINK_PACKETS, LINK_BYTES, LINK_DROPS)
+
 METRICS: tuple[Metric, ...] = (
     BUILD_INFO,
     XDP_VERDICTS,
@@ -261,4 +290,5 @@ METRICS: tuple[Metric, ...] = (
     WORKER_WAKEUPS,
     WORKER_CYCLES,
     WORKER_PACKETS,
+    *LINK_METRICS,
 )

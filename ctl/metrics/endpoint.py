@@ -19,8 +19,7 @@ from prometheus_client.registry import Collector
 
 from ..config import MetricsAddress
 from ..errors import ConfigError
-from .declared import METRICS, Metric
-from .samples import Sample
+from .declared import METRICS, Metric, Sample
 
 log = logging.getLogger(__name__)
 

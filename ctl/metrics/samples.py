@@ -12,26 +12,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..datapath import ABI, CTRL_NAMES, DROP_NAMES, RxCounters, TxCounters
 from ..xdp.maps import GUEST_VERDICTS, HOST_VERDICTS
 from . import declared as m
-from .declared import Metric
+from .declared import Sample
 
 if TYPE_CHECKING:
     from ..datapath import Datapath
     from ..switch import GuestEntry, Switch
     from ..xdp.nic import Nic
-
-
-class Sample(NamedTuple):
-    """One value; `labels` in the order of `metric.labels`."""
-
-    metric: Metric
-    labels: tuple[str, ...]
-    value: int
 
 
 class Counters:

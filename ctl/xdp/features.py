@@ -11,9 +11,9 @@ import errno
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from .. import privileges
+from ..feature import Feature
 from ..links import ethtool
 from ..links.netdev import DeviceFeatures, XdpFeatures, device_features
 from ..links.netlink import Link, get_link
@@ -23,17 +23,6 @@ from .maps import MAX_QUEUES, size_maps
 from .program import OBJECT, PROGRAM, attached, bpffs
 from .umem import checksums_here, framing_for, largest_mtu
 from .xsk import AF_XDP
-
-
-@dataclass(frozen=True)
-class Feature:
-    """`supported` None: can't be known without trying. `required`: `up` fails without it. `remedy` may be empty."""
-
-    name: str
-    supported: bool | None
-    detail: str
-    remedy: str = ""
-    required: bool = False
 
 
 def probe(iface: str) -> list[Feature]:

@@ -19,11 +19,12 @@ from support.golden import check_golden
 from xdpvhost import __version__, cli, daemon, privileges, view
 from xdpvhost.api import ApiServer, Params
 from xdpvhost.config import MetricsAddress, UpConfig
-from xdpvhost.daemon import describe_guest, describe_nic, describe_stats
+from xdpvhost.daemon import describe_stats
 from xdpvhost.datapath import Datapath
 from xdpvhost.errors import ConfigError, DatapathError, NicError, PrivilegeError
 from xdpvhost.metrics.samples import Counters
 from xdpvhost.rundir import RunDir
+from xdpvhost.serve_xdp import describe_guest, describe_nic
 from xdpvhost.switch import GuestEntry, Switch
 from xdpvhost.xdp.nic import Nic
 
@@ -53,6 +54,7 @@ def fake_status(switch: FakeSwitch) -> dict[str, Any]:
         "metrics": "http://127.0.0.1:9477/metrics",
         "workers": 1,
         "poll": "adaptive",
+        "mode": "xdp",
         "nics": [describe_nic(cast(Nic, nic))],
         "guests": [describe_guest(cast(GuestEntry, entry)) for entry in switch.guests.values()],
     }
@@ -119,6 +121,7 @@ def fake(tmp_path: Path) -> Iterator[tuple[Path, list[tuple[str, Any]]]]:
 
     answers: dict[str, Callable[[Params], Any]] = {
         "status": lambda _: status,
+        "wishes": lambda _: {"mode": "xdp"},
         "stats": lambda _: describe_stats(counters.read(), 1000.0),
         "guest-list": lambda _: status["guests"],
         "guest-add": add,

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from xdpvhost import daemon, privileges
+from xdpvhost import daemon, privileges, serve_xdp
 from xdpvhost.config import UpConfig
 from xdpvhost.errors import DatapathError, NicError
 from xdpvhost.links.journal import Journal
@@ -34,6 +34,7 @@ def test_it_does_not_claim_that_the_nic_is_as_it_was(
     monkeypatch.setattr(privileges, "effective", lambda: frozenset(privileges.CAPABILITIES))
     monkeypatch.setattr(daemon.Daemon, "_come_up", come_up)
     monkeypatch.setattr(daemon.Daemon, "_ready_line", lambda _: "")
+    monkeypatch.setattr(serve_xdp.XdpService, "guests", ())
     with caplog.at_level("INFO"), pytest.raises(NicError, match=r"nic0: not undone: xdp .*xdpvhost clean --run-dir"):
         daemon.run(UpConfig(iface="nic0", guests=(), run_dir=tmp_path))
     assert "nic0 is NOT as it was" in caplog.text
@@ -65,10 +66,10 @@ class Scripted:
 
 
 def test_device_is_watched_after_any_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(daemon, "DEVICE_PERIOD", 0)
+    monkeypatch.setattr(serve_xdp, "DEVICE_PERIOD", 0)
 
     async def watch() -> None:
-        up = daemon.Daemon(UpConfig(iface="nic0", guests=(), run_dir=tmp_path))
+        up = serve_xdp.XdpService(UpConfig(iface="nic0", guests=(), run_dir=tmp_path))
         switch = Scripted(OSError(errno.EMFILE, "many"), NicError("gone"), KeyError("a bug"))
         up._switch = cast(Switch, switch)
         task = asyncio.create_task(up._watch_device())
@@ -88,7 +89,7 @@ def test_events_of_the_data_plane_are_looked_at_now_and_then(tmp_path: Path) -> 
 
     async def storm() -> tuple[int, float]:
         loop = asyncio.get_running_loop()
-        up = daemon.Daemon(UpConfig(iface="nic0", guests=(), run_dir=tmp_path))
+        up = serve_xdp.XdpService(UpConfig(iface="nic0", guests=(), run_dir=tmp_path))
         switch = Scripted()
         up._switch, up._dp = cast(Switch, switch), cast(Any, Events)
         up._watch_data_plane()
@@ -102,7 +103,7 @@ def test_events_of_the_data_plane_are_looked_at_now_and_then(tmp_path: Path) -> 
 
     visits, took = asyncio.run(storm())
     os.close(Events.event_fd)
-    assert took >= (visits - 1) * daemon.EVENT_PERIOD * 0.9
+    assert took >= (visits - 1) * serve_xdp.EVENT_PERIOD * 0.9
 
 
 def test_mtu_that_could_not_be_told_is_told_later(monkeypatch: pytest.MonkeyPatch) -> None:

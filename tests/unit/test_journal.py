@@ -170,4 +170,4 @@ def test_only_its_owner_reads_it(path: Path, host: Host) -> None:
 
 
 def test_every_kind_has_a_handler() -> None:
-    assert set(handlers()) == {"link_up", "features", "channels", "xdp"}
+    assert set(handlers()) == {"link_up", "features", "channels", "xdp", "wishes"}
