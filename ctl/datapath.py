@@ -24,7 +24,7 @@ from .errors import DatapathError
 
 log = logging.getLogger(__name__)
 
-ABI = 8
+ABI = 9
 MAX_REGIONS = 509
 MAX_PAIRS = 128
 MAX_RING_SIZE = 32768
@@ -38,7 +38,7 @@ VRING_LOG_USED = 1
 NICQ_GSO_TCP4, NICQ_GSO_TCP6, NICQ_GSO_ECN, NICQ_GSO_UDP = 1, 2, 4, 8
 START_POLL = 0.001  # seconds between looks whether a worker has made its first turn
 POLL_MODES = {"adaptive": 0, "busy": 1, "interrupt": 2}
-DROP_MAX = 10
+DROP_MAX = 11
 MAX_MACS = 16  # unicast addresses that a guest may listen to besides its own
 FAULT_MAX = 7
 FAULT_CALL_BLOCKED = 6
@@ -54,6 +54,7 @@ DROP_NAMES: tuple[str, ...] = (
     "disabled",
     "no_uplink",
     "filtered",
+    "link_down",
 )
 CTRL_NAMES: tuple[str, ...] = ("rx", "mac", "vlan", "announce", "mq", "guest_offloads", "other")
 
@@ -138,7 +139,21 @@ class GuestConf(Structure):
 
 
 class NicConf(Structure):
-    _fields_ = (("queues", c_uint64), ("mcast", c_uint64), ("nr_queues", c_uint32), ("mtu", c_uint32))
+    _fields_ = (
+        ("queues", c_uint64),
+        ("mcast", c_uint64),
+        ("taps", c_uint64),
+        ("nr_queues", c_uint32),
+        ("nr_taps", c_uint32),
+        ("mtu", c_uint32),
+        ("reserved", c_uint32),
+    )
+
+
+class TapqConf(Structure):
+    """One queue of a tap: a non-blocking descriptor of /dev/net/tun, and bytes of the virtio-net header there."""
+
+    _fields_ = (("fd", c_int32), ("header_len", c_uint32), ("gso", c_uint32), ("queue", c_uint32))
 
 
 class MacConf(Structure):
@@ -204,6 +219,23 @@ class NicqCounters(Structure):
     )
 
 
+class TapqCounters(Structure):
+    """One queue of a tap; rx is from it. `gone`: the errno with which the tap ended, 0 while it is there."""
+
+    _fields_ = (
+        ("rx_packets", c_uint64),
+        ("rx_bytes", c_uint64),
+        ("rx_dropped", c_uint64),
+        ("rx_unclaimed", c_uint64),
+        ("gone", c_uint64),
+        ("tx_packets", c_uint64),
+        ("tx_bytes", c_uint64),
+        ("tx_gso_packets", c_uint64),
+        ("tx_gso_bytes", c_uint64),
+        ("tx_csum_partial", c_uint64),
+    )
+
+
 class McastCounters(Structure):
     _fields_ = (("packets", c_uint64), ("bytes", c_uint64), ("dropped", c_uint64))
 
@@ -258,12 +290,14 @@ MIRROR: Mapping[str, type[Structure]] = {
     "xv_xsk_conf": XskConf,
     "xv_guest_conf": GuestConf,
     "xv_nic_conf": NicConf,
+    "xv_tapq_conf": TapqConf,
     "xv_mac_conf": MacConf,
     "xv_snapshot_conf": SnapshotConf,
     "xv_rx_counters": RxCounters,
     "xv_tx_counters": TxCounters,
     "xv_xsk_counters": XskCounters,
     "xv_nicq_counters": NicqCounters,
+    "xv_tapq_counters": TapqCounters,
     "xv_mcast_counters": McastCounters,
     "xv_worker_counters": WorkerCounters,
     "xv_ctrl_state": CtrlState,
@@ -316,6 +350,9 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "xv_xsk_new": (c_int32, (c_void_p, POINTER(XskConf), POINTER(c_void_p))),
     "xv_xsk_free": (None, (c_void_p,)),
     "xv_xsk_counters": (POINTER(XskCounters), (c_void_p,)),
+    "xv_tapq_new": (c_int32, (POINTER(TapqConf), POINTER(c_void_p))),
+    "xv_tapq_free": (None, (c_void_p,)),
+    "xv_tapq_counters": (POINTER(TapqCounters), (c_void_p,)),
     "xv_mcast_new": (c_int32, (c_int32, POINTER(c_void_p))),
     "xv_mcast_free": (None, (c_void_p,)),
     "xv_mcast_counters": (POINTER(McastCounters), (c_void_p,)),
@@ -531,6 +568,17 @@ class Nicq(_Native):
         return counters
 
 
+class Tapq(_Native):
+    """One queue of a tap. Its descriptor stays the caller's."""
+
+    _free = "xv_tapq_free"
+
+    @property
+    def counters(self) -> TapqCounters:
+        counters: TapqCounters = library().xv_tapq_counters(self.handle).contents
+        return counters
+
+
 class Mcast(_Native):
     """The packet socket through which the guests hear a NIC's broadcast and multicast."""
 
@@ -559,9 +607,12 @@ class GuestState:
 
 @dataclass
 class NicState:
+    """The way to the network: NIC queues, or queues of a tap."""
+
     queues: Sequence[Nicq]
     mcast: Mcast | None
     mtu: int
+    taps: Sequence[Tapq] = ()
 
 
 @dataclass(frozen=True)
@@ -735,6 +786,12 @@ class Datapath:
         _check(self._lib.xv_xsk_new(nicq.handle, byref(conf), byref(handle)), "AF_XDP socket")
         return Xsk(handle.value or 0)
 
+    def tapq(self, conf: TapqConf) -> Tapq:
+        """Raises DatapathError: EINVAL when the descriptor may block, or the header has not 10 or 12 bytes."""
+        handle = c_void_p()
+        _check(self._lib.xv_tapq_new(byref(conf), byref(handle)), f"tap queue {conf.queue}")
+        return Tapq(handle.value or 0)
+
     def mcast(self, fd: int) -> Mcast:
         handle = c_void_p()
         _check(self._lib.xv_mcast_new(fd, byref(handle)), "packet socket")
@@ -758,10 +815,11 @@ class Datapath:
             conf.nic, conf.worker, conf.max_pairs = state.nic, state.worker, state.max_pairs
         nic_table = (NicConf * max(1, len(nics)))()
         for nic_conf, nic in zip(nic_table, nics, strict=False):
-            queues = _handles(nic.queues)
-            keep.append(queues)
+            queues, taps = _handles(nic.queues), _handles(nic.taps)
+            keep += [queues, taps]
             nic_conf.queues, nic_conf.nr_queues = ctypes.addressof(queues), len(nic.queues)
             nic_conf.mcast = nic.mcast.handle if nic.mcast else 0
+            nic_conf.taps, nic_conf.nr_taps = ctypes.addressof(taps), len(nic.taps)
             nic_conf.mtu = nic.mtu
         mac_table = (MacConf * max(1, len(macs)))()
         for mac_conf, mac in zip(mac_table, macs, strict=False):

@@ -296,7 +296,7 @@ class Switch:
                     ctrl=entry.ctrl,
                 )
             )
-        nics = [NicState(nic.queues, nic.mcast, nic.mtu) for nic in self.nics]
+        nics = [NicState(nic.queues, nic.mcast, nic.mtu, nic.taps) for nic in self.nics]
         self.dp.publish(guests, nics, macs)
 
     # ---- what guests ask for

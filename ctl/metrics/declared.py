@@ -2,9 +2,9 @@
 """Every metric there is: name, type, labels and help. `docs/counters.md` is generated from this file.
 
 Conventions. `rx` is towards the guest and `tx` is from it, as the guest sees them. `queue` counts NIC queues in
-`xdpvhost_xdp_*`, `xdpvhost_xsk_*` and `xdpvhost_nic_*`, and the guest's queue pairs in `xdpvhost_guest_*`. An empty
-`guest` label is the host's own share. Bytes are Ethernet frames without FCS. Every series that can ever move exists
-with value 0 from the moment its object does.
+`xdpvhost_xdp_*`, `xdpvhost_xsk_*` and `xdpvhost_nic_*`, those of a tap in `xdpvhost_tap_*`, and the guest's queue
+pairs in `xdpvhost_guest_*`. An empty `guest` label is the host's own share. Bytes are Ethernet frames without FCS.
+Every series that can ever move exists with value 0 from the moment its object does.
 """
 
 from __future__ import annotations
@@ -127,6 +127,50 @@ MCAST_DROPPED = Metric(
     "counter",
     ("iface",),
     "Broadcast and multicast frames from the NIC that no guest gets: too long, too short, or not segmented yet (GSO).",
+)
+TAP_RX_PACKETS = Metric(
+    "xdpvhost_tap_receive_packets_total",
+    "counter",
+    ("iface", "queue"),
+    "Frames read from the tap that stands for the NIC (`--serve vhost-user`); a GSO frame is one.",
+)
+TAP_RX_BYTES = Metric("xdpvhost_tap_receive_bytes_total", "counter", ("iface", "queue"), "Bytes of those frames.")
+TAP_RX_DROPS = Metric(
+    "xdpvhost_tap_receive_drops_total",
+    "counter",
+    ("iface", "queue", "reason"),
+    "Frames read from the tap that no guest gets: malformed (not what their virtio-net header says), unclaimed (for "
+    "nobody here, as a bridge floods them; no loss).",
+)
+TAP_TX_PACKETS = Metric(
+    "xdpvhost_tap_transmit_packets_total", "counter", ("iface", "queue"), "Frames written to the tap, GSO frames apart."
+)
+TAP_TX_BYTES = Metric(
+    "xdpvhost_tap_transmit_bytes_total",
+    "counter",
+    ("iface", "queue"),
+    "Bytes of those frames. The kernel copied them out of the guest's memory: they are not in copied_bytes.",
+)
+TAP_TX_GSO_PACKETS = Metric(
+    "xdpvhost_tap_transmit_gso_packets_total",
+    "counter",
+    ("iface", "queue"),
+    "Guests' GSO frames that were written to the tap whole.",
+)
+TAP_TX_GSO_BYTES = Metric(
+    "xdpvhost_tap_transmit_gso_bytes_total", "counter", ("iface", "queue"), "Bytes of those GSO frames."
+)
+TAP_TX_CHECKSUMS = Metric(
+    "xdpvhost_tap_tx_checksums_total",
+    "counter",
+    ("iface", "queue"),
+    "Frames written to the tap with the checksum that the guest left open, for the kernel or its NIC to finish.",
+)
+TAP_GONE = Metric(
+    "xdpvhost_tap_gone",
+    "gauge",
+    ("iface", "queue"),
+    "0 while the tap is there; else the error number with which it ended. Guests reach only each other then.",
 )
 
 GUEST_RX_PACKETS = Metric(
@@ -270,6 +314,15 @@ METRICS: tuple[Metric, ...] = (
     MCAST_PACKETS,
     MCAST_BYTES,
     MCAST_DROPPED,
+    TAP_RX_PACKETS,
+    TAP_RX_BYTES,
+    TAP_RX_DROPS,
+    TAP_TX_PACKETS,
+    TAP_TX_BYTES,
+    TAP_TX_GSO_PACKETS,
+    TAP_TX_GSO_BYTES,
+    TAP_TX_CHECKSUMS,
+    TAP_GONE,
     GUEST_RX_PACKETS,
     GUEST_RX_BYTES,
     GUEST_TX_PACKETS,

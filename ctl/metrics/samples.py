@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..datapath import ABI, CTRL_NAMES, DROP_NAMES, RxCounters, TxCounters
+from ..datapath import ABI, CTRL_NAMES, DROP_NAMES, RxCounters, TapqCounters, TxCounters
 from ..xdp.maps import GUEST_VERDICTS, HOST_VERDICTS
 from . import declared as m
 from .declared import Sample
@@ -99,11 +99,27 @@ def _nic_samples(nic: Nic, all_guests: list[GuestEntry]) -> Iterator[Sample]:
         yield Sample(m.NIC_CHECKSUMS, port, tx.csum_finished)
         yield Sample(m.COPIED_BYTES, ("nic", "", *port), tx.copied_bytes)
 
+    for queue, tap in enumerate(nic.taps):
+        yield from _tap_samples((nic.iface, str(queue)), tap.counters)
+
     if nic.mcast is not None:
         mcast = nic.mcast.counters
         yield Sample(m.MCAST_PACKETS, (nic.iface,), mcast.packets)
         yield Sample(m.MCAST_BYTES, (nic.iface,), mcast.bytes)
         yield Sample(m.MCAST_DROPPED, (nic.iface,), mcast.dropped)
+
+
+def _tap_samples(port: tuple[str, str], tap: TapqCounters) -> Iterator[Sample]:
+    yield Sample(m.TAP_RX_PACKETS, port, tap.rx_packets)
+    yield Sample(m.TAP_RX_BYTES, port, tap.rx_bytes)
+    yield Sample(m.TAP_RX_DROPS, (*port, "malformed"), tap.rx_dropped)
+    yield Sample(m.TAP_RX_DROPS, (*port, "unclaimed"), tap.rx_unclaimed)
+    yield Sample(m.TAP_TX_PACKETS, port, tap.tx_packets)
+    yield Sample(m.TAP_TX_BYTES, port, tap.tx_bytes)
+    yield Sample(m.TAP_TX_GSO_PACKETS, port, tap.tx_gso_packets)
+    yield Sample(m.TAP_TX_GSO_BYTES, port, tap.tx_gso_bytes)
+    yield Sample(m.TAP_TX_CHECKSUMS, port, tap.tx_csum_partial)
+    yield Sample(m.TAP_GONE, port, tap.gone)
 
 
 def _guest_samples(guest: GuestEntry) -> Iterator[Sample]:

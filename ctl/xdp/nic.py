@@ -36,7 +36,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
 from .. import privileges
-from ..datapath import NICQ_PARTIAL_CSUM, NICQ_SG, NICQ_TX_CSUM, Datapath, Mcast, Nicq, NicqConf, Xsk
+from ..datapath import NICQ_PARTIAL_CSUM, NICQ_SG, NICQ_TX_CSUM, Datapath, Mcast, Nicq, NicqConf, Tapq, Xsk
 from ..errors import NicError
 from ..links import ethtool
 from ..links.journal import Entry, Journal
@@ -121,6 +121,7 @@ class Nic:
         self._mac = link.mac
         self.link = ethtool.LinkState()
         self.queues: list[Nicq] = []
+        self.taps: list[Tapq] = []  # none: NIC queues
         self.mcast: Mcast | None = None
         self.facts: NicFacts
         self._dp = dp

@@ -144,7 +144,7 @@ static inline void publish(bool with_hostile)
 	struct xv_nicq *queues[1] = {f.nic.nicq};
 	struct xv_xsk *xsks[1] = {f.nic.xsk};
 	struct xv_guest_conf guests[3];
-	struct xv_nic_conf nic = {(uintptr_t)queues, 0, 1, 1500};
+	struct xv_nic_conf nic = {.queues = (uintptr_t)queues, .nr_queues = 1, .mtu = 1500};
 	struct xv_mac_conf macs[6];
 	struct xv_snapshot_conf conf = {(uintptr_t)guests, (uintptr_t)&nic, (uintptr_t)macs, 3, 1, 6, 0};
 
@@ -379,9 +379,9 @@ static inline void settle(void)
 	uint32_t turns = 0;
 
 	f.dp->cycles_per_us = 0;
-	f.peer[0].ring[TX].vr->patience = f.peer[1].ring[TX].vr->patience = 0;
+	f.peer[0].ring[TX].vr->patience.left = f.peer[1].ring[TX].vr->patience.left = 0;
 	if (h->ring[TX].vr)
-		h->ring[TX].vr->patience = 0;
+		h->ring[TX].vr->patience.left = 0;
 	if (h->guest)
 		h->guest->work.deadline = 0;
 	while (turn())

@@ -2,12 +2,15 @@
 /*
  * Fuzzer: headers of frames.
  *
- * The input is a frame, and how it is cut in pieces. Three things are done with it:
+ * The input is a frame, and how it is cut in pieces. Four things are done with it:
  *   - net_find_partial() reads it in a malloc() of exactly its length;
  *   - the NIC receives it for a guest, who must get these bytes: as they are and marked, or with the checksum finished;
- *   - the guest sends it, with a virtio-net header from the input as well, and the same must leave on the NIC.
+ *   - the guest sends it, with a virtio-net header from the input as well, and the same must leave on the NIC;
+ *   - a tap gives it with that header, which may make it a GSO frame: what is viewed agrees with its headers, or is dropped.
  * A checksum is compared with that of a plain loop over 16-bit words, so pieces of odd length are tried too.
  */
+#include <sys/socket.h>
+
 #include "fuzz.h"
 
 #define DATA (RINGS * PARTS + 2)
@@ -99,6 +102,46 @@ static void send_it(uint8_t *frame, uint32_t len, uint32_t step, const struct vi
 	}
 }
 
+/* What a tap says of a frame is believed only as far as the frame's own headers agree. */
+static void from_tap(const uint8_t *frame, uint32_t len, struct virtio_net_hdr hdr, uint32_t header_len, uint16_t gso_size)
+{
+	static struct xv_burst burst;
+	static struct gso_room room;
+	static struct xv_tapq *tap;
+	static int theirs;
+	struct net_header whole = {.mrg.hdr = hdr};
+	const struct iovec iov[2] = {{&whole, header_len}, {(void *)(uintptr_t)frame, len}};
+	uint32_t payload = 0, n;
+	struct gso_cut cut;
+
+	if (!tap) {
+		struct xv_tapq_conf conf = {.header_len = 12};
+		int pair[2];
+
+		CHECK_EQ(socketpair(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK, 0, pair), 0);
+		conf.fd = pair[0];
+		theirs = pair[1];
+		CHECK_EQ(xv_tapq_new(&conf, &tap), 0);
+	}
+	tap->header_len = header_len;
+	whole.mrg.hdr.gso_size = gso_size;
+	CHECK_EQ(writev(theirs, iov, 2), header_len + len);
+	tap_rx_burst(tap, &burst);
+	tap_rx_release(tap, burst.nr);
+	if (!burst.nr)
+		return;
+	CHECK(burst.nr == 1 && len >= ETH_HEADER && burst.views[0].len == len);
+	CHECK(!memcmp(burst.views[0].first.data, frame, len));
+	if (!burst.views[0].gso_type)
+		return;
+	CHECK(burst.views[0].gso && burst.views[0].gso->len < len && gso_size >= GSO_SIZE_LEAST);
+	gso_cut_init(&cut, &burst.views[0]);
+	while ((n = gso_cut_next(&cut, &room)))
+		for (uint32_t i = 0; i < n; i++)
+			payload += room.list[i]->len - burst.views[0].gso->len;
+	CHECK_EQ(payload, len - burst.views[0].gso->len);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	struct input in = {data, size};
@@ -112,6 +155,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	len = (uint32_t)MIN(in.left, (size_t)CHUNK - 256);
 	memcpy(frame, in.at, len);
 	find_partial(frame, len, &found);
+	from_tap(frame, len, hdr, how & 8 ? 12 : 10, (uint16_t)(step * 8));
 	if (len < ETH_HEADER)
 		return 0; /* the kernel gives nothing shorter, and takes nothing shorter from us */
 	hostile_start(BIT(VIRTIO_RING_F_INDIRECT_DESC) | (how & 1 ? BIT(VIRTIO_F_VERSION_1) : 0) |

@@ -19,7 +19,7 @@
 
 #define XV_API __attribute__((visibility("default")))
 
-#define XV_ABI 8u /* changes with every change of a struct or of a meaning below */
+#define XV_ABI 9u /* changes with every change of a struct or of a meaning below */
 
 #define XV_MAX_WORKERS 64u
 #define XV_MAX_REGIONS 509u    /* memory slots of one guest: what VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS grants */
@@ -48,6 +48,7 @@ enum xv_drop {
 	XV_DROP_DISABLED,      /* from a guest: the ring is disabled, frames are consumed and discarded */
 	XV_DROP_NO_UPLINK,     /* from a guest: not for a guest here, and there is no NIC queue to send on */
 	XV_DROP_FILTERED,      /* to a guest: an address or a VLAN that it has not asked for; no loss */
+	XV_DROP_LINK_DOWN,     /* to a tap that is down, or was deleted */
 	XV_DROP_MAX
 };
 
@@ -81,6 +82,7 @@ struct xv_guest; /* a guest: its counters and locks, as long as it is configured
 struct xv_vring; /* one started virtqueue */
 struct xv_nicq;  /* one NIC queue: UMEM, fill, completion and TX ring */
 struct xv_xsk;   /* one guest's receiving AF_XDP socket on one NIC queue */
+struct xv_tapq;  /* one queue of a tap: the way to the network, as NIC queues are */
 struct xv_mcast; /* packet socket that hears a NIC's broadcast and multicast, or one guest's frames */
 
 struct xv_dp_conf {
@@ -154,6 +156,14 @@ struct xv_xsk_conf {
 	uint32_t reserved;
 };
 
+/* One queue of a tap. */
+struct xv_tapq_conf {
+	int32_t fd;          /* of /dev/net/tun, attached with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR; O_NONBLOCK */
+	uint32_t header_len; /* TUNSETVNETHDRSZ: 10 or 12 */
+	uint32_t gso;        /* XV_NICQ_GSO_*: frames that are written whole; 0: all are cut */
+	uint32_t queue;      /* its number: a hint for the queue pair that its frames go to */
+};
+
 struct xv_guest_conf {
 	uint64_t guest;    /* struct xv_guest * */
 	uint64_t rings;    /* struct xv_vring *[nr_rings], by vring index, NULL where not started: even RX, odd TX */
@@ -170,8 +180,10 @@ struct xv_guest_conf {
 struct xv_nic_conf {
 	uint64_t queues; /* struct xv_nicq *[nr_queues] */
 	uint64_t mcast;  /* struct xv_mcast *, or 0 */
-	uint32_t nr_queues;
+	uint64_t taps;   /* struct xv_tapq *[nr_taps]: instead of NIC queues */
+	uint32_t nr_queues, nr_taps;
 	uint32_t mtu;    /* of the device, in bytes after the Ethernet header and tags */
+	uint32_t reserved;
 };
 
 struct xv_mac_conf {
@@ -219,6 +231,18 @@ struct xv_nicq_counters { /* the writer holds the TX lock, or adds atomically */
 	uint64_t sendto_calls;
 	uint64_t sendto_busy; /* frames that the kernel took and dropped: EBUSY of sendto(), ENOBUFS for a GSO frame; atomic */
 	uint64_t gso_packets, gso_bytes; /* GSO frames that the packet socket took whole: the kernel copied them, we did not */
+} __attribute__((aligned(64)));
+
+struct xv_tapq_counters {
+	/* the writer is the queue's worker */
+	uint64_t rx_packets, rx_bytes; /* read, and found to be frames; GSO frames count once */
+	uint64_t rx_dropped;   /* read, and not what their virtio-net header says */
+	uint64_t rx_unclaimed; /* of rx_packets: for no guest here, as a bridge floods them */
+	uint64_t gone;         /* errno with which the tap ended, 0 while it is there */
+	/* added to atomically by every worker; the kernel copied all of these from the guest's memory, we did not */
+	uint64_t tx_packets, tx_bytes;
+	uint64_t tx_gso_packets, tx_gso_bytes; /* GSO frames written whole, not in tx_packets and tx_bytes */
+	uint64_t tx_csum_partial; /* of tx_packets: handed over with an open checksum */
 } __attribute__((aligned(64)));
 
 struct xv_mcast_counters {
@@ -321,6 +345,10 @@ XV_API const struct xv_nicq_counters *xv_nicq_counters(const struct xv_nicq *nic
 XV_API int xv_xsk_new(struct xv_nicq *nicq, const struct xv_xsk_conf *conf, struct xv_xsk **out);
 XV_API void xv_xsk_free(struct xv_xsk *xsk); /* before its nicq: frames in the ring go back to the fill ring */
 XV_API const struct xv_xsk_counters *xv_xsk_counters(const struct xv_xsk *xsk);
+/* -EINVAL: the descriptor may block, or header_len; -EBADF */
+XV_API int xv_tapq_new(const struct xv_tapq_conf *conf, struct xv_tapq **out);
+XV_API void xv_tapq_free(struct xv_tapq *tap);
+XV_API const struct xv_tapq_counters *xv_tapq_counters(const struct xv_tapq *tap);
 XV_API int xv_mcast_new(int fd, struct xv_mcast **out); /* AF_PACKET socket, PACKET_VNET_HDR and PACKET_AUXDATA on */
 XV_API void xv_mcast_free(struct xv_mcast *mcast);
 XV_API const struct xv_mcast_counters *xv_mcast_counters(const struct xv_mcast *mcast);

@@ -35,7 +35,9 @@ static const struct xv_layout_entry layout[] = {
 	FIELD(xv_guest_conf, ctrl), FIELD(xv_guest_conf, nic), FIELD(xv_guest_conf, worker),
 	FIELD(xv_guest_conf, max_pairs),
 	SIZE(xv_nic_conf), FIELD(xv_nic_conf, queues), FIELD(xv_nic_conf, mcast), FIELD(xv_nic_conf, nr_queues),
-	FIELD(xv_nic_conf, mtu),
+	FIELD(xv_nic_conf, taps), FIELD(xv_nic_conf, nr_taps), FIELD(xv_nic_conf, mtu), FIELD(xv_nic_conf, reserved),
+	SIZE(xv_tapq_conf), FIELD(xv_tapq_conf, fd), FIELD(xv_tapq_conf, header_len), FIELD(xv_tapq_conf, gso),
+	FIELD(xv_tapq_conf, queue),
 	SIZE(xv_mac_conf), FIELD(xv_mac_conf, mac), FIELD(xv_mac_conf, vlan), FIELD(xv_mac_conf, guest),
 	SIZE(xv_snapshot_conf), FIELD(xv_snapshot_conf, guests), FIELD(xv_snapshot_conf, nics),
 	FIELD(xv_snapshot_conf, macs), FIELD(xv_snapshot_conf, nr_guests), FIELD(xv_snapshot_conf, nr_nics),
@@ -51,6 +53,10 @@ static const struct xv_layout_entry layout[] = {
 	FIELD(xv_nicq_counters, csum_finished), FIELD(xv_nicq_counters, sendto_calls),
 	FIELD(xv_nicq_counters, sendto_busy), FIELD(xv_nicq_counters, gso_packets),
 	FIELD(xv_nicq_counters, gso_bytes),
+	FIELD(xv_tapq_counters, rx_packets), FIELD(xv_tapq_counters, rx_bytes), FIELD(xv_tapq_counters, rx_dropped),
+	FIELD(xv_tapq_counters, rx_unclaimed), FIELD(xv_tapq_counters, gone), FIELD(xv_tapq_counters, tx_packets),
+	FIELD(xv_tapq_counters, tx_bytes), FIELD(xv_tapq_counters, tx_gso_packets),
+	FIELD(xv_tapq_counters, tx_gso_bytes), FIELD(xv_tapq_counters, tx_csum_partial),
 	FIELD(xv_mcast_counters, packets), FIELD(xv_mcast_counters, bytes), FIELD(xv_mcast_counters, dropped),
 	FIELD(xv_worker_counters, polls_busy), FIELD(xv_worker_counters, polls_idle), FIELD(xv_worker_counters, sleeps),
 	FIELD(xv_worker_counters, wakeups), FIELD(xv_worker_counters, cycles_busy), FIELD(xv_worker_counters, packets),
@@ -81,6 +87,7 @@ const char *xv_drop_name(uint32_t drop)
 		[XV_DROP_DISABLED] = "disabled",
 		[XV_DROP_NO_UPLINK] = "no_uplink",
 		[XV_DROP_FILTERED] = "filtered",
+		[XV_DROP_LINK_DOWN] = "link_down",
 	};
 
 	return drop < XV_DROP_MAX ? names[drop] : NULL;

@@ -252,6 +252,8 @@ static void for_each_source(struct xv_dp *dp, const struct snapshot *snap, each_
 			visit(dp, &duty->xsk[i].xsk->rx, w, EPOLLIN | EPOLLET);
 		for (uint32_t i = 0; i < duty->nr_packet; i++)
 			visit(dp, &duty->packet[i].socket->rx, w, EPOLLIN | EPOLLET);
+		for (uint32_t i = 0; i < duty->nr_tap; i++)
+			visit(dp, &duty->tap[i].tap->rx, w, EPOLLIN | EPOLLET);
 		for (uint32_t i = 0; i < duty->nr_mcast; i++)
 			visit(dp, &duty->mcast[i].mcast->rx, w, EPOLLIN); /* level: a burst may leave frames behind */
 	}

@@ -23,7 +23,7 @@ struct worker {
 	uint64_t mcast_due, last_work, watchdog_turns;
 	uint64_t contention_due, contended_until;
 	long preempted;        /* how often the kernel had taken its CPU from it when it looked last */
-	bool tx_stalls;        /* a guest's frames wait for another's buffers, as long as their patience lasts */
+	bool tx_stalls;        /* a guest's or a tap's frames wait for a guest's buffers, as long as their patience lasts */
 	bool ctrl_waits;       /* a control command waits for control, or for other workers */
 	bool rx_stalls;        /* a NIC's frames wait for buffers; another worker may get their kick */
 	uint32_t first;        /* where its next turn begins: no port is always served last */

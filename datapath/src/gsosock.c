@@ -30,26 +30,6 @@ uint32_t nicq_gso_bits(uint32_t conf)
 	       (conf & XV_NICQ_GSO_UDP ? GSO_BIT(VIRTIO_NET_HDR_GSO_UDP_L4) : 0);
 }
 
-/* The pieces of the frame behind its headers; 0 when there are too many. */
-static uint32_t gather_payload(const struct xv_view *view, struct iovec *iov, uint32_t max)
-{
-	uint32_t skip = view->gso->len, n = 0;
-
-	for (uint32_t i = 0; i <= view->nr_more; i++) {
-		const struct xv_seg *seg = i ? &view->more[i - 1] : &view->first;
-
-		if (seg->len <= skip) {
-			skip -= seg->len;
-			continue;
-		}
-		if (n == max)
-			return 0;
-		iov[n++] = (struct iovec){seg->data + skip, seg->len - skip};
-		skip = 0;
-	}
-	return n;
-}
-
 bool nicq_tx_gso(struct xv_nicq *nicq, const struct xv_view *view, uint32_t max_len, uint64_t *drops)
 {
 	struct xv_nicq_counters *counters = &nicq->counters;
@@ -63,7 +43,7 @@ bool nicq_tx_gso(struct xv_nicq *nicq, const struct xv_view *view, uint32_t max_
 	/* the tags of a frame are on top of what the device's MTU allows, as in nicq_tx_burst() */
 	if (!net_gso_allowed(view->gso_type, nicq->gso) || gso->len + view->gso_size > max_len + gso->h.ip - ETH_HEADER)
 		return false;
-	payload = gather_payload(view, iov + 2, PIECES - 2);
+	payload = view_gather(view, gso->len, iov + 2, PIECES - 2);
 	if (!payload || !nicq_tx_flush(nicq))
 		return false;
 	gso_whole_header(view, header);

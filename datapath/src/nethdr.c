@@ -1,6 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "nethdr.h"
 
+uint32_t net_tag_bytes(const struct xv_view *view)
+{
+	uint8_t header[ETH_HEADER + 4] = {0};
+	uint32_t tags = 0;
+
+	view_peek(view, header, sizeof(header));
+	for (uint32_t at = 12; tags < 2 && net_is_tag(header + at); at += 4)
+		tags++;
+	return 4 * tags;
+}
+
 /* Offset of the transport header behind IPv6 extension headers; 0 when there is none in reach. */
 static uint32_t skip_ipv6_extensions(const uint8_t *frame, uint32_t len, uint32_t at, uint8_t *next)
 {

@@ -153,6 +153,9 @@ static inline uint16_t net_csum_finish(uint64_t sum)
 	return folded ? folded : 0xffff;
 }
 
+/* Bytes of the VLAN tags that a frame has, two at most. */
+uint32_t net_tag_bytes(const struct xv_view *view);
+
 /*
  * Whether this TCP or UDP frame (its headers in the first piece) carries only its pseudo-header's sum, as a local stack
  * leaves it for the device to finish (CHECKSUM_PARTIAL); if so, sets csum_start, csum_offset and VIEW_NEEDS_CSUM. A

@@ -10,7 +10,6 @@
 #define XV_PORT_H
 
 #include <linux/if_xdp.h>
-#include <sys/uio.h>
 
 #include "gso.h"
 #include "vring.h"
@@ -126,6 +125,31 @@ bool nicq_tx_flush(struct xv_nicq *nicq);
 uint32_t nicq_gso_bits(uint32_t conf);
 /* Send a guest's GSO frame whole, or drop and count it. False: neither, it is to be cut. */
 bool nicq_tx_gso(struct xv_nicq *nicq, const struct xv_view *view, uint32_t max_len, uint64_t *drops);
+
+/* ---- tap (tap.c) ---- */
+
+struct xv_tapq {
+	struct source rx;
+	uint8_t *buffer;  /* what was read, one frame behind another */
+	struct gso_header *gso_headers; /* of the views that have a gso_type */
+	struct xv_view views[XV_BURST]; /* of what is in the buffer, from `done` to `nr` */
+	uint32_t nr, done;
+	uint32_t header_len, queue;
+	uint32_t gso;     /* GSO_BITs of frames that are written whole */
+	struct xv_vring *stalled_on; /* the receive ring whose buffers ran out, or NULL */
+	struct patience patience;
+	struct xv_tapq_counters counters;
+};
+
+/* View the frames that were not released, or if there are none, new ones. */
+void tap_rx_burst(struct xv_tapq *tap, struct xv_burst *burst);
+/* Done with the first n of those. */
+void tap_rx_release(struct xv_tapq *tap, uint32_t n);
+/* Write frames; how many. Those that cannot be written are counted in `drops` of their sender. */
+uint32_t tap_tx_burst(struct xv_tapq *tap, const struct xv_view *const *views, uint32_t n, uint32_t max_len,
+		      uint64_t *drops);
+/* Write a guest's GSO frame whole, or drop and count it. False: neither, it is to be cut. */
+bool tap_tx_gso(struct xv_tapq *tap, const struct xv_view *view, uint32_t max_len, uint64_t *drops);
 
 /* ---- packet socket: broadcast and multicast of a NIC, or frames for one guest (mcast.c) ---- */
 

@@ -45,6 +45,16 @@ static uint32_t join_of(const struct port *port)
 	return rings ? join : 0;
 }
 
+/* Where the guest's pair `i` sends to. */
+static struct uplink uplink_of(const struct nic *nic, uint32_t worker, uint32_t i)
+{
+	if (!nic || !(nic->nr_queues + nic->nr_taps))
+		return (struct uplink){0};
+	if (nic->nr_taps)
+		return (struct uplink){.tap = nic->taps[(worker + i) % nic->nr_taps]};
+	return (struct uplink){.nicq = nic->queues[(worker + i) % nic->nr_queues]};
+}
+
 static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_guest_conf *conf, uint32_t nr_guests)
 {
 	struct xv_vring *const *rings = at(conf->rings);
@@ -84,8 +94,7 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 		vr->queue = &port->guest->queues[i / 2];
 		if (i & 1) {
 			vr->kick.events = &vr->queue->tx.kicks;
-			duty->tx[duty->nr_tx++] = (struct tx_source){
-				vr, nic && nic->nr_queues ? nic->queues[(conf->worker + i / 2) % nic->nr_queues] : NULL, index, i / 2};
+			duty->tx[duty->nr_tx++] = (struct tx_source){vr, uplink_of(nic, conf->worker, i / 2), index, i / 2};
 		} else {
 			vr->kick.events = &vr->queue->rx.kicks;
 			port->rx[i / 2] = vr;
@@ -107,11 +116,41 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 	return 0;
 }
 
-static int add_nics(struct snapshot *snap, const struct xv_nic_conf *confs)
+/* Queue q of NIC i is worker (i + q)'s. */
+static int add_taps(struct snapshot *snap, uint32_t index, const struct xv_nic_conf *conf, bool alone)
 {
+	struct nic *nic = &snap->nics[index];
+
+	nic->nr_taps = conf->nr_taps;
+	nic->taps = calloc(MAX(nic->nr_taps, 1u), sizeof(nic->taps[0]));
+	if (!nic->taps)
+		return -ENOMEM;
+	for (uint32_t q = 0; q < nic->nr_taps; q++) {
+		struct duty *duty = &snap->duties[(index + q) % snap->nr_workers];
+
+		nic->taps[q] = ((struct xv_tapq *const *)at(conf->taps))[q];
+		duty->tap[duty->nr_tap++] = (struct tap_source){nic->taps[q], index, alone};
+	}
+	return 0;
+}
+
+static int add_nics(struct snapshot *snap, const struct xv_snapshot_conf *conf)
+{
+	const struct xv_nic_conf *confs = at(conf->nics);
+	const struct xv_guest_conf *guests = at(conf->guests);
+
 	for (uint32_t i = 0; i < snap->nr_nics; i++) {
 		struct nic *nic = &snap->nics[i];
+		uint32_t nr_guests = 0;
+		int result;
 
+		if (confs[i].nr_queues && confs[i].nr_taps)
+			return -EINVAL;
+		for (uint32_t g = 0; g < conf->nr_guests; g++)
+			nr_guests += guests[g].nic == i;
+		result = add_taps(snap, i, &confs[i], nr_guests < 2);
+		if (result)
+			return result;
 		nic->nr_queues = confs[i].nr_queues;
 		nic->max_len = confs[i].mtu + 14;
 		nic->mcast = (struct xv_mcast *)(uintptr_t)confs[i].mcast;
@@ -158,12 +197,15 @@ static int add_macs(struct snapshot *snap, const struct xv_mac_conf *confs, uint
 static int make_duties(struct snapshot *snap, const struct xv_snapshot_conf *conf)
 {
 	const struct xv_guest_conf *guests = at(conf->guests);
-	size_t rings = 1, xsks = 1;
+	const struct xv_nic_conf *nics = at(conf->nics);
+	size_t rings = 1, xsks = 1, taps = 1;
 
 	for (uint32_t i = 0; i < conf->nr_guests; i++) {
 		rings += guests[i].nr_rings;
 		xsks += guests[i].nr_xsks;
 	}
+	for (uint32_t i = 0; i < conf->nr_nics; i++)
+		taps += nics[i].nr_taps;
 	for (uint32_t w = 0; w < snap->nr_workers; w++) {
 		struct duty *duty = &snap->duties[w];
 
@@ -172,7 +214,8 @@ static int make_duties(struct snapshot *snap, const struct xv_snapshot_conf *con
 		duty->xsk = calloc(xsks, sizeof(duty->xsk[0]));
 		duty->mcast = calloc((size_t)conf->nr_nics + 1, sizeof(duty->mcast[0]));
 		duty->packet = calloc((size_t)conf->nr_guests + 1, sizeof(duty->packet[0]));
-		if (!duty->tx || !duty->ctrl || !duty->xsk || !duty->mcast || !duty->packet)
+		duty->tap = calloc(taps, sizeof(duty->tap[0]));
+		if (!duty->tx || !duty->ctrl || !duty->xsk || !duty->mcast || !duty->packet || !duty->tap)
 			return -ENOMEM;
 	}
 	return 0;
@@ -195,7 +238,7 @@ int snapshot_new(const struct xv_snapshot_conf *conf, uint32_t workers, struct s
 		goto fail;
 	result = make_duties(snap, conf);
 	if (!result)
-		result = add_nics(snap, at(conf->nics));
+		result = add_nics(snap, conf);
 	for (uint32_t i = 0; !result && i < conf->nr_guests; i++)
 		result = add_guest(snap, i, &guests[i], conf->nr_guests);
 	if (!result)
@@ -215,14 +258,17 @@ void snapshot_free(struct snapshot *snap)
 		return;
 	for (uint32_t i = 0; snap->ports && i < snap->nr_ports; i++)
 		free(snap->ports[i].rx);
-	for (uint32_t i = 0; snap->nics && i < snap->nr_nics; i++)
+	for (uint32_t i = 0; snap->nics && i < snap->nr_nics; i++) {
 		free(snap->nics[i].queues);
+		free(snap->nics[i].taps);
+	}
 	for (uint32_t w = 0; w < snap->nr_workers; w++) {
 		free(snap->duties[w].tx);
 		free(snap->duties[w].ctrl);
 		free(snap->duties[w].xsk);
 		free(snap->duties[w].mcast);
 		free(snap->duties[w].packet);
+		free(snap->duties[w].tap);
 	}
 	free(snap->ports);
 	free(snap->nics);

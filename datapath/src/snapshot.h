@@ -24,6 +24,8 @@ struct nic {
 	struct xv_nicq **queues;
 	uint32_t nr_queues, max_len; /* max_len: largest untagged frame, Ethernet header included */
 	struct xv_mcast *mcast;
+	struct xv_tapq **taps;
+	uint32_t nr_taps;
 };
 
 struct mac_entry {
@@ -33,9 +35,14 @@ struct mac_entry {
 
 #define MAC_EMPTY UINT64_MAX
 
+struct uplink { /* where frames for nobody here go: one of the two, or nowhere */
+	struct xv_nicq *nicq;
+	struct xv_tapq *tap;
+};
+
 struct tx_source { /* a guest's transmit ring */
 	struct xv_vring *vring;
-	struct xv_nicq *uplink; /* NULL: none */
+	struct uplink uplink;
 	uint32_t port, pair;
 };
 
@@ -55,6 +62,12 @@ struct mcast_source {
 	uint32_t nic;
 };
 
+struct tap_source {
+	struct xv_tapq *tap;
+	uint32_t nic;
+	bool alone; /* there is one guest at most on that NIC */
+};
+
 struct packet_source { /* where a guest's frames arrive without XDP */
 	struct xv_mcast *socket;
 	uint32_t port;
@@ -66,7 +79,8 @@ struct duty { /* of one worker */
 	struct ctrl_source *ctrl;
 	struct mcast_source *mcast;
 	struct packet_source *packet;
-	uint32_t nr_tx, nr_xsk, nr_ctrl, nr_mcast, nr_packet;
+	struct tap_source *tap;
+	uint32_t nr_tx, nr_xsk, nr_ctrl, nr_mcast, nr_packet, nr_tap;
 };
 
 struct snapshot {

@@ -274,6 +274,25 @@ uint32_t switch_to_guest(const struct snapshot *snap, uint32_t index, uint32_t h
 	return by_rules(port, hint, views, n, ctx, stalled);
 }
 
+static bool leads_nowhere(const struct uplink *uplink)
+{
+	return !uplink->nicq && !uplink->tap;
+}
+
+static inline uint32_t send_burst(const struct uplink *uplink, const struct xv_view *const *views, uint32_t n,
+				  uint32_t max_len, uint64_t *drops)
+{
+	return likely(uplink->nicq) ? nicq_tx_burst(uplink->nicq, views, n, max_len, drops) :
+				      tap_tx_burst(uplink->tap, views, n, max_len, drops);
+}
+
+/* A guest's GSO frame whole. False: it is to be cut. */
+static bool send_whole(const struct uplink *uplink, const struct xv_view *view, uint32_t max_len, uint64_t *drops)
+{
+	return uplink->nicq ? nicq_tx_gso(uplink->nicq, view, max_len, drops) :
+			      tap_tx_gso(uplink->tap, view, max_len, drops);
+}
+
 static void to_uplink(const struct snapshot *snap, const struct origin *from, const struct xv_view *const *views, uint32_t n,
 		      struct call_ctx *ctx, struct dirty *dirty)
 {
@@ -281,7 +300,7 @@ static void to_uplink(const struct snapshot *snap, const struct origin *from, co
 
 	if (!from->drops)
 		return; /* came from the NIC: it has been on that wire */
-	if (unlikely(!from->uplink)) {
+	if (unlikely(leads_nowhere(&from->uplink))) {
 		count(from->drops[XV_DROP_NO_UPLINK], n);
 		return;
 	}
@@ -292,23 +311,24 @@ static void to_uplink(const struct snapshot *snap, const struct origin *from, co
 		for (run = 0; i + run < n && !views[i + run]->gso_type; run++)
 			;
 		if (likely(run)) {
-			nicq_tx_burst(from->uplink, views + i, run, max_len, from->drops);
+			send_burst(&from->uplink, views + i, run, max_len, from->drops);
 			continue;
 		}
 		run = 1;
-		if (nicq_tx_gso(from->uplink, views[i], max_len, from->drops))
+		if (send_whole(&from->uplink, views[i], max_len, from->drops))
 			continue;
 		gso_cut_init(&cut, views[i]);
 		while ((segments = gso_cut_next(&cut, &ctx->room))) {
-			if (nicq_tx_burst(from->uplink, ctx->room.list, segments, max_len, from->drops) ||
-			    load_once(&from->uplink->nr_free))
+			if (send_burst(&from->uplink, ctx->room.list, segments, max_len, from->drops) ||
+			    !from->uplink.nicq || load_once(&from->uplink.nicq->nr_free))
 				continue;
 			/* no frame was free for any of them, nor is one for the rest */
 			count(from->drops[XV_DROP_NO_FRAMES], gso_cut_left(&cut));
 			break;
 		}
 	}
-	mark_dirty(dirty, from->uplink);
+	if (likely(from->uplink.nicq))
+		mark_dirty(dirty, from->uplink.nicq);
 }
 
 static void flood(const struct snapshot *snap, const struct origin *from, const struct xv_view *const *views, uint32_t n,
@@ -324,7 +344,7 @@ static void flood(const struct snapshot *snap, const struct origin *from, const 
 		if (stalled)
 			switch_drop_stalled(stalled, n - done);
 	}
-	if (from->uplink)
+	if (!leads_nowhere(&from->uplink))
 		to_uplink(snap, from, views, n, ctx, dirty);
 }
 

@@ -18,7 +18,7 @@ struct origin {
 	uint32_t port;          /* NO_PORT: from a NIC */
 	uint32_t nic;
 	uint32_t hint;          /* queue it came in on: frames of one flow keep to one queue */
-	struct xv_nicq *uplink; /* NULL: none, or the burst came from there */
+	struct uplink uplink;   /* nowhere: there is none, or the burst came from there */
 	uint64_t *drops;        /* of the sending guest; NULL for a NIC */
 };
 

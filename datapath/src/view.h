@@ -9,6 +9,8 @@
 #ifndef XV_VIEW_H
 #define XV_VIEW_H
 
+#include <sys/uio.h>
+
 #include "base.h"
 
 #define XV_BURST_SEGS 1024u /* segments beyond the first, for all frames of a burst */
@@ -66,6 +68,26 @@ static inline uint32_t view_peek(const struct xv_view *view, void *to, uint32_t 
 		done += piece;
 	}
 	return done;
+}
+
+/* The pieces of the frame behind its first `skip` bytes, as many as there are: 0 when that is more than `max`, or none. */
+static inline uint32_t view_gather(const struct xv_view *view, uint32_t skip, struct iovec *iov, uint32_t max)
+{
+	uint32_t n = 0;
+
+	for (uint32_t i = 0; i <= view->nr_more; i++) {
+		const struct xv_seg *seg = i ? &view->more[i - 1] : &view->first;
+
+		if (seg->len <= skip) {
+			skip -= seg->len;
+			continue;
+		}
+		if (n == max)
+			return 0;
+		iov[n++] = (struct iovec){seg->data + skip, seg->len - skip};
+		skip = 0;
+	}
+	return n;
 }
 
 #endif

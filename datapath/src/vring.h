@@ -35,6 +35,11 @@ struct source {
 /* A place in a ring. Split: the free-running index. Packed: the slot, and in bit 15 the wrap counter (2.8.1). */
 typedef uint16_t cursor;
 
+/* How long whoever has frames may wait for a receiver without buffers; see may_wait() in worker.c. */
+struct patience {
+	uint64_t left, at; /* cycles, and as of when */
+};
+
 struct xv_vring {
 	/* fixed */
 	union {
@@ -69,7 +74,7 @@ struct xv_vring {
 	bool signalled_valid;
 	bool begun; /* it has been published */
 	struct xv_vring *stalled_on; /* transmit rings: the receive ring whose buffers ran out, or NULL */
-	uint64_t patience, patience_at; /* transmit rings: cycles it may still wait for such a ring, and as of when */
+	struct patience patience;      /* transmit rings: for such a ring */
 	const struct xv_vring *follows; /* until published: the one whose place it takes, or NULL */
 	struct source kick;
 };
@@ -250,7 +255,6 @@ static inline void vring_begin(struct xv_vring *vr)
 		vr->signalled = old->signalled;
 		vr->signalled_valid = old->signalled_valid && vr->event_idx == old->event_idx;
 		vr->patience = old->patience;
-		vr->patience_at = old->patience_at;
 		vr->follows = NULL;
 	} else if (vr->event_idx && !vr->packed) {
 		split_arm_at(vr, (cursor)(vr->next - 1)); /* as far from being passed as it can be */

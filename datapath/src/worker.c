@@ -13,7 +13,8 @@
  * Waiting for buffers: frames from a NIC may wait in the guest's own socket (`keep`, then the oldest are dropped); the
  * guest's kick ends the wait, or 20 ms: another worker may get that kick, or take the buffers and disarm the ring.
  * Frames from another guest may wait in the sender's ring, but only for as long as the sender has patience: an eighth
- * of the time, a millisecond at once. So a guest that stops reading costs those who send to it next to nothing.
+ * of the time, a millisecond at once. So a guest that stops reading costs those who send to it next to nothing. A tap
+ * that has several guests waits in the same way; one with a single guest may wait for as long as that takes.
  */
 #include <errno.h>
 #include <sched.h>
@@ -104,19 +105,19 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 	return done + dropped + unjoin;
 }
 
-/* Cycles that the ring may still wait for a receiver; `waiting`: it has waited since the last call. */
-static uint64_t patience(const struct worker *w, struct xv_vring *vr, bool waiting)
+/* Cycles that a sender may still wait for a receiver; `waiting`: it has waited since the last call. */
+static uint64_t may_wait(const struct worker *w, struct patience *patience, bool waiting)
 {
-	uint64_t now = cycles_now(), passed = now - vr->patience_at, most = PATIENCE_US * w->dp->cycles_per_us;
+	uint64_t now = cycles_now(), passed = now - patience->at, most = PATIENCE_US * w->dp->cycles_per_us;
 
-	vr->patience_at = now;
+	patience->at = now;
 	if (waiting) {
-		vr->patience -= MIN(vr->patience, passed);
+		patience->left -= MIN(patience->left, passed);
 	} else {
 		passed = MIN(passed / PATIENCE_SHARE, most);
-		vr->patience = MIN(vr->patience + passed, most);
+		patience->left = MIN(patience->left + passed, most);
 	}
-	return vr->patience;
+	return patience->left;
 }
 
 static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct tx_source *source)
@@ -126,7 +127,7 @@ static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct 
 
 	if (guest_faulted(vr->guest))
 		return false;
-	if (unlikely(was && vring_usable(was) && !vring_has_buffers(was)) && patience(w, vr, true)) {
+	if (unlikely(was && vring_usable(was) && !vring_has_buffers(was)) && may_wait(w, &vr->patience, true)) {
 		w->tx_stalls = true;
 		return false;
 	}
@@ -143,7 +144,7 @@ static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct 
 
 		done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
 	}
-	if (unlikely(stalled && !patience(w, vr, was != NULL))) {
+	if (unlikely(stalled && !may_wait(w, &vr->patience, was != NULL))) {
 		switch_drop_stalled(stalled, w->burst.nr - done);
 		done = w->burst.nr;
 		stalled = NULL;
@@ -183,6 +184,42 @@ static bool poll_packet(struct worker *w, const struct snapshot *snap, const str
 	socket->stalled_on = stalled;
 	if (unlikely(stalled))
 		w->rx_stalls = true;
+	return done;
+}
+
+/*
+ * Frames from a tap, for any guest. Those that one has no buffers for wait, and the others' with them: so not for long,
+ * unless there are no others.
+ */
+static bool poll_tap(struct worker *w, const struct snapshot *snap, const struct tap_source *source)
+{
+	const struct origin from = {.port = NO_PORT, .nic = source->nic, .hint = source->tap->queue};
+	struct xv_tapq *tap = source->tap;
+	struct xv_vring *stalled = NULL, *was = tap->stalled_on;
+	uint32_t done, unclaimed = 0;
+
+	if (unlikely(was && vring_usable(was) && !vring_has_buffers(was)) &&
+	    (source->alone || may_wait(w, &tap->patience, true))) {
+		*(source->alone ? &w->rx_stalls : &w->tx_stalls) = true;
+		return false;
+	}
+	tap_rx_burst(tap, &w->burst);
+	if (!w->burst.nr)
+		return false;
+	done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
+	if (unlikely(stalled && !source->alone && !may_wait(w, &tap->patience, was != NULL))) {
+		switch_drop_stalled(stalled, w->burst.nr - done);
+		done = w->burst.nr;
+		stalled = NULL;
+	}
+	for (uint32_t i = 0; i < done; i++)
+		unclaimed += w->burst.views[i].to == NO_PORT;
+	if (unclaimed)
+		count(tap->counters.rx_unclaimed, unclaimed);
+	tap->stalled_on = stalled;
+	*(source->alone ? &w->rx_stalls : &w->tx_stalls) |= !!stalled;
+	tap_rx_release(tap, done);
+	count(w->counters.packets, done);
 	return done;
 }
 
@@ -304,6 +341,8 @@ bool worker_turn(struct worker *w, const struct snapshot *snap, bool all)
 		busy |= poll_ctrl(w, &duty->ctrl[i]);
 	for (uint32_t i = 0; i < duty->nr_packet; i++)
 		busy |= poll_packet(w, snap, &duty->packet[i]);
+	for (uint32_t n = 0, i = first_of(w, duty->nr_tap); n < duty->nr_tap; n++, i = next_of(i, duty->nr_tap))
+		busy |= poll_tap(w, snap, &duty->tap[i]);
 	/* a system call even when there is nothing: not in every turn */
 	if (unlikely(all || start >= w->mcast_due)) {
 		w->mcast_due = start + MCAST_EVERY_US * w->dp->cycles_per_us;
@@ -350,6 +389,9 @@ static void arm(const struct duty *duty)
 	for (uint32_t i = 0; i < duty->nr_packet; i++)
 		if (duty->packet[i].socket->stalled_on)
 			vring_arm_behind(duty->packet[i].socket->stalled_on);
+	for (uint32_t i = 0; i < duty->nr_tap; i++)
+		if (duty->tap[i].tap->stalled_on)
+			vring_arm_behind(duty->tap[i].tap->stalled_on);
 	/* pairs with the driver's barrier between moving avail.idx and reading flags or avail_event (virtio 1.2, 2.7.13.4) */
 	full_barrier();
 }
@@ -424,6 +466,8 @@ static void adopt(struct worker *w, const struct snapshot *snap)
 		duty->xsk[i].xsk->stalled_on = NULL;
 	for (uint32_t i = 0; i < duty->nr_packet; i++)
 		duty->packet[i].socket->stalled_on = NULL;
+	for (uint32_t i = 0; i < duty->nr_tap; i++)
+		duty->tap[i].tap->stalled_on = NULL;
 	w->requests_seen = load_acquire(&w->dp->requests) - 1; /* new rings may ask for an interrupt */
 	w->dirty.nr = 0;
 	for (uint32_t i = 0; i < snap->nr_nics; i++)

@@ -279,13 +279,7 @@ static uint32_t queue_slow(struct xv_nicq *nicq, const struct xv_view *view, boo
 /* A frame longer than an untagged one may be: whether its VLAN tags, two at most, account for it. */
 static bool tagged_fits(const struct xv_nicq *nicq, const struct xv_view *view, uint32_t max_len)
 {
-	uint8_t header[ETH_HEADER + 4] = {0};
-	uint32_t tags = 0;
-
-	view_peek(view, header, sizeof(header));
-	for (uint32_t at = 12; tags < 2 && net_is_tag(header + at); at += 4)
-		tags++;
-	return view->len <= MIN(max_len + 4 * tags, nicq->most);
+	return view->len <= MIN(max_len + net_tag_bytes(view), nicq->most);
 }
 
 uint32_t nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views, uint32_t n, uint32_t max_len,

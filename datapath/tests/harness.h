@@ -298,6 +298,7 @@ struct world {
 	struct driver guests[3];
 	struct nic_side nic;
 	struct xv_mcast *packet; /* the first guest's frames come by it, too */
+	struct xv_tapq *tap;     /* instead of the NIC queue */
 	uint32_t nr_guests, mtu; /* mtu 0: 1500 */
 };
 
@@ -308,7 +309,8 @@ static inline void world_publish(struct world *w)
 	struct xv_vring *rings[3][5];
 	struct xv_nicq *queues[1] = {w->nic.nicq};
 	struct xv_xsk *xsks[1] = {w->nic.xsk};
-	struct xv_nic_conf nic = {(uintptr_t)queues, 0, 1, w->mtu ? w->mtu : 1500};
+	struct xv_nic_conf nic = {.queues = (uintptr_t)queues, .nr_queues = !w->tap, .taps = (uintptr_t)&w->tap,
+				  .nr_taps = w->tap != NULL, .mtu = w->mtu ? w->mtu : 1500};
 	struct xv_snapshot_conf conf = {(uintptr_t)guests, (uintptr_t)&nic, (uintptr_t)macs, w->nr_guests, 1,
 					2 * w->nr_guests, 0};
 
@@ -324,7 +326,7 @@ static inline void world_publish(struct world *w)
 			.nr_rings = ctrl ? 5 : 2,
 			.xsks = (uintptr_t)xsks,
 			.packet = i == 0 ? (uintptr_t)w->packet : 0,
-			.nr_xsks = i == 0, /* the NIC's frames are the first guest's */
+			.nr_xsks = i == 0 && !w->tap, /* the NIC's frames are the first guest's */
 			.features = d->features,
 			.ctrl = ctrl ? 4 : XV_NO_RING,
 			.max_pairs = ctrl ? 2 : 1,

@@ -137,7 +137,7 @@ static inline void pworld_publish(struct pworld *w)
 	struct xv_guest_conf guests[2];
 	struct xv_mac_conf macs[2];
 	struct xv_nicq *none[1];
-	struct xv_nic_conf nic = {(uintptr_t)none, 0, 0, 1500};
+	struct xv_nic_conf nic = {.queues = (uintptr_t)none, .mtu = 1500};
 	struct xv_snapshot_conf conf = {(uintptr_t)guests, (uintptr_t)&nic, (uintptr_t)macs, 2, 1, 2, 0};
 
 	for (uint32_t i = 0; i < 2; i++) {

@@ -14,6 +14,7 @@ from xdpvhost.datapath import (
     McastCounters,
     NicqCounters,
     RxCounters,
+    TapqCounters,
     TxCounters,
     WorkerCounters,
     XskCounters,
@@ -55,6 +56,7 @@ class FakeNic:
 
     def __post_init__(self) -> None:
         self.queues = [FakeCounted(NicqCounters()) for _ in range(self.nr_queues)]
+        self.taps = [FakeCounted(TapqCounters())]
         self.mcast = FakeCounted(McastCounters())
         self.changed_verdicts: dict[tuple[int | None, int, str], int] = {}
         self.changed_statistics: dict[tuple[int | None, int], dict[str, int]] = {}

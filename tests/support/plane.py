@@ -28,6 +28,7 @@ class NoNic:
     mtu = 1500
     link = LinkState(speed=10000, full_duplex=True)
     queues: Sequence[Any] = ()
+    taps: Sequence[Any] = ()
     mcast = None
 
     def add_guest(self, slot: int, name: str, macs: Sequence[tuple[int, bytes]]) -> list[Any]:

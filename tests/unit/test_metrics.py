@@ -91,7 +91,7 @@ def test_every_series_moves_with_its_counter() -> None:
     nic, guest = switch.nics[0], switch.guests["vm1"]
     blocks = [
         guest.port.rx_counters(0), guest.port.tx_counters(0), guest.xsks[0].counters, nic.queues[0].counters,
-        nic.mcast.counters, dp.worker_counters(0),
+        nic.mcast.counters, nic.taps[0].counters, dp.worker_counters(0),
     ]  # fmt: skip
     unread = {"reserved", "heartbeat"}
     value = 1000
