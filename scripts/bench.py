@@ -51,7 +51,7 @@ WAYS = {
     "guest-nic": "guest to NIC",
     "guest-guest": "guest to guest",
     "guest-guest-pmd": "guest to guest, testpmd",
-    "guest-guest-packed": "guest to guest, testpmd, packed",
+    "guest-guest-packed": "guest to guest, testpmd, packed, in order",
 }
 BACKENDS = ("xdpvhost", "dpdk")
 
@@ -299,7 +299,8 @@ class Bench:
         os.sched_setaffinity(0, {DRIVER_CPU})
         try:
             ports = [
-                VirtioUser(path, mac, queue_size=RING, packed_vq=packed) for path, mac in zip(paths, MACS, strict=True)
+                VirtioUser(path, mac, queue_size=RING, packed_vq=packed, in_order=packed)
+                for path, mac in zip(paths, MACS, strict=True)
             ]
             extra = [f"--eth-peer={i},{MACS[1 - i]}" for i in range(2)] + [f"--txpkts={size}"]
             with TestPmd(ports, directory=world.directory, mode="mac", extra=extra) as pmd:

@@ -100,11 +100,38 @@ static inline uint32_t packed_peek(struct xv_vring *vr, cursor at, struct xv_buf
 	return i;
 }
 
+/*
+ * With VIRTIO_F_IN_ORDER one used descriptor says it of all of a batch: it lies where the first one is, and has the last
+ * one's id (2.8.21.2). It has one length too, so this is for buffers into which nothing was written.
+ */
+static inline void packed_use_batch(struct xv_vring *vr, const struct xv_buf *bufs, uint32_t n)
+{
+	const uint32_t slot = packed_slot(vr->next);
+	const uint16_t flags = vr->next & PACKED_WRAP ? PACKED_AVAIL | PACKED_USED : 0;
+	uint32_t slots = 0;
+
+	if (unlikely(!n))
+		return;
+	for (uint32_t i = 0; i < n; i++)
+		slots += bufs[i].slots;
+	store_once(&vr->packed_desc[slot].id, bufs[n - 1].id);
+	store_once(&vr->packed_desc[slot].len, 0u);
+	if (vr->next == vr->published)
+		vr->first_flags = flags; /* packed_publish() writes them */
+	else
+		store_release(&vr->packed_desc[slot].flags, flags);
+	vr->next = packed_advance(vr, vr->next, slots);
+}
+
 static inline void packed_use(struct xv_vring *vr, const struct xv_buf *bufs, const uint32_t *written, uint32_t n)
 {
 	const uint32_t num = vr->num;
 	uint32_t slot = packed_slot(vr->next), wrap = vr->next & PACKED_WRAP, i = 0;
 
+	if (!written && vr->in_order) {
+		packed_use_batch(vr, bufs, n);
+		return;
+	}
 	for (; i < n; i++) {
 		struct vring_packed_desc *desc = &vr->packed_desc[slot];
 		const uint32_t len = written ? written[i] : 0;

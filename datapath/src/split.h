@@ -55,6 +55,16 @@ static inline void split_use(struct xv_vring *vr, const struct xv_buf *bufs, con
 	const uint16_t mask = vr->mask;
 	uint16_t next = vr->next;
 
+	/*
+	 * With VIRTIO_F_IN_ORDER one entry says it of all of a batch: it lies where the first one's would, and has the last
+	 * one's id (2.7.13). It has one length too, so this is for buffers into which nothing was written.
+	 */
+	if (!written && vr->in_order && n) {
+		ring[next & mask].id = bufs[n - 1].id;
+		ring[next & mask].len = 0;
+		vr->next = (uint16_t)(next + n);
+		return;
+	}
 	for (uint32_t i = 0; i < n; i++, next++) {
 		struct vring_used_elem *elem = &ring[next & mask];
 

@@ -341,6 +341,7 @@ int xv_vring_new(struct xv_mem *mem, const struct xv_vring_conf *conf, struct xv
 	}
 	if (!vr->packed)
 		start = split_start(vr);
+	vr->in_order = features & 1ull << VIRTIO_F_IN_ORDER;
 	vr->event_idx = features & 1ull << VIRTIO_RING_F_EVENT_IDX;
 	vr->indirect = features & 1ull << VIRTIO_RING_F_INDIRECT_DESC;
 	vr->mergeable = features & 1ull << VIRTIO_NET_F_MRG_RXBUF;

@@ -62,7 +62,7 @@ struct xv_vring {
 	uint32_t num, index;       /* index: of the vring in its device; bound by xv_publish() */
 	uint16_t mask;             /* split */
 	uint8_t header_len;        /* of the virtio-net header: 10, 12 or 20 bytes */
-	bool packed, event_idx, indirect, mergeable, csum, guest_csum, call_is_socket, log_used;
+	bool packed, in_order, event_idx, indirect, mergeable, csum, guest_csum, call_is_socket, log_used;
 	uint32_t host_gso, guest_gso; /* GSO_BITs: what the guest may send, and what it takes */
 	/* set by control while it runs */
 	int call_fd;

@@ -35,6 +35,30 @@ static void test_guest_to_guest(void)
 	world_free(&w);
 }
 
+/* With VIRTIO_F_IN_ORDER one entry of the used ring stands for all buffers of a turn. */
+static void test_batches_in_order(void)
+{
+	struct vring_used *used;
+
+	world_init(&w, 2, FEATURES | 1ull << VIRTIO_F_IN_ORDER, 16, 0);
+	used = w.guests[0].ring[1].used;
+	make_frame(frame, 100, w.guests[1].mac, w.guests[0].mac, 1);
+	for (uint16_t i = 0; i < 5; i++) {
+		driver_send(&w.guests[0], frame, 100);
+		ring_buffer(&w.guests[1], &w.guests[1].ring[0], 2048, VRING_DESC_F_WRITE);
+		used->ring[i] = (struct vring_used_elem){0xdead, 0xdead};
+	}
+	world_run(&w);
+	CHECK_EQ(used->idx, 5);
+	CHECK_EQ(used->ring[0].id, 4);
+	CHECK_EQ(used->ring[0].len, 0);
+	for (uint32_t i = 1; i < 5; i++)
+		CHECK_EQ(used->ring[i].id, 0xdead);
+	for (uint32_t i = 0; i < 5; i++) /* the receiver is told of each, for each has a length */
+		CHECK_EQ(w.guests[1].ring[0].used->ring[i].len, HEADER + 100);
+	world_free(&w);
+}
+
 static void test_guest_to_nic_and_back(void)
 {
 	uint8_t *buffer;
@@ -835,6 +859,7 @@ static void test_memory_checks(void)
 int main(void)
 {
 	test_guest_to_guest();
+	test_batches_in_order();
 	test_guest_to_nic_and_back();
 	test_any_layout_sent();
 	test_any_layout_received();
