@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab behind scripts/lab: runs the lab's tests, a command or a shell in a machine of its own (docs/lab.md)."""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from support import machine
+
+NO_TESTS = 5  # pytest's exit status when it found none
+OUT = machine.LAB / "out"
+
+
+def write(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def test(kinds: list[machine.Kind], arguments: list[str], out: Path, timeout: float) -> int:
+    """pytest on tests/lab, once a kind of machine; each test says on which it runs (tests/lab/conftest.py)."""
+    paths = [] if any(Path(a.split("::")[0]).exists() for a in arguments) else ["tests/lab"]
+    worst, ran = 0, False
+    for kind in kinds:
+        begin = time.monotonic()
+        print(f"lab: machine {kind.name}", flush=True)
+        # Nothing is looked up that the lab's tests don't need: an emulated processor starts Python slowly.
+        words = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--junitxml", f"/lab/out/junit-{kind.name}.xml"]
+        command = shlex.join([".venv/bin/python", "-m", "pytest", *words, *paths, *arguments])
+        status = machine.run(kind, command, out=out, timeout=timeout, output=write)
+        print(f"lab: machine {kind.name}: exit status {status} after {time.monotonic() - begin:.0f} s", flush=True)
+        if status not in (0, NO_TESTS):
+            console = (out / f"console-{kind.name}.log").read_text(errors="replace").splitlines()
+            print(f"lab: the end of its console ({out}/console-{kind.name}.log):", *console[-60:], sep="\n", flush=True)
+            worst = status
+        ran = ran or status != NO_TESTS
+    return worst if ran else NO_TESTS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/lab", description=__doc__)
+    parser.add_argument(
+        "--machine", choices=machine.KINDS, help="full (default), or bare: no IOMMU, no vhost_net, no macvtap"
+    )
+    parser.add_argument("--without", action="append", default=[], metavar="MODULE", help="a module that is not there")
+    parser.add_argument("--no-iommu", action="store_true")
+    parser.add_argument("--memory", type=int, metavar="MIB")
+    parser.add_argument("--cpus", type=int)
+    parser.add_argument(
+        "--timeout", type=float, default=240, metavar="S", help="of one machine (240; a shell has none)"
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="what the machine sees as /lab/out (.cache/lab/out)")
+    what = parser.add_subparsers(dest="what", required=True)
+    what.add_parser("test", help="tests/lab, on every kind of machine unless --machine chooses").add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="PYTEST"
+    )
+    what.add_parser("run", help="one command").add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND")
+    what.add_parser("shell", help="bash on this terminal; leave it with exit")
+    options = parser.parse_args()
+
+    def changed(kind: machine.Kind) -> machine.Kind:
+        return replace(
+            kind,
+            iommu=kind.iommu and not options.no_iommu,
+            without=(*kind.without, *options.without),
+            memory=options.memory or kind.memory,
+            cpus=options.cpus or kind.cpus,
+        )
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = changed(machine.KINDS[options.machine or "full"])
+    try:
+        if options.what == "test":
+            kinds = [chosen] if options.machine else [changed(kind) for kind in machine.KINDS.values()]
+            return test(kinds, options.arguments, options.out, options.timeout)
+        if options.what == "run":
+            # One word is a line for the shell, several are a command.
+            words = options.arguments
+            command = words[0] if len(words) == 1 else shlex.join(words)
+            return machine.run(chosen, command, out=options.out, timeout=options.timeout, output=write)
+        return machine.run(chosen, "exec bash", out=options.out, timeout=float("inf"), output=None)
+    except (machine.MachineError, subprocess.SubprocessError) as error:
+        print(f"scripts/lab: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
