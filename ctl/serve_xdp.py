@@ -34,6 +34,7 @@ from .xdp.nic import Nic, NicOptions
 if TYPE_CHECKING:
     from .api import Handler
     from .metrics.declared import Sample
+    from .nicport import NicPort
     from .switch import GuestEntry
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class XdpService:
         device = loop.create_task(self._watch_device(), name="device")
         stack.callback(device.cancel)
 
-    def _open_nic(self, journal: Journal) -> Nic:
+    def _open_nic(self, journal: Journal) -> NicPort:
         """Where the guests' frames come from and go to."""
         config = self._config
         return Nic.open(NicOptions(iface=config.iface, xdp_mode=config.xdp_mode, bind=config.bind), self._dp, journal)
@@ -249,7 +250,7 @@ def _spec_words(spec: GuestSpec) -> tuple[str, str, int, str, str]:
     return spec.name, format_mac(spec.mac), spec.queues, str(spec.socket), spec.socket_mode
 
 
-def describe_nic(nic: Nic) -> dict[str, Any]:
+def describe_nic(nic: NicPort) -> dict[str, Any]:
     facts: dict[str, Any] = msgspec.to_builtins(nic.facts)
     return {"iface": nic.iface, "ifindex": nic.ifindex, "mtu": nic.mtu, "queues": nic.nr_queues, "facts": facts}
 

@@ -44,7 +44,7 @@ from .xdp.maps import MAX_SLOTS
 
 if TYPE_CHECKING:
     from .config import GuestSpec
-    from .xdp.nic import Nic
+    from .nicport import NicPort
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ REQUEST_PERIOD = 0.02  # seconds between two changes of addresses that a guest m
 class GuestEntry:
     """One configured guest. Implements DevicePort for its vhost-user sessions."""
 
-    def __init__(self, switch: Switch, slot: int, spec: GuestSpec, nic: Nic, port: GuestPort) -> None:
+    def __init__(self, switch: Switch, slot: int, spec: GuestSpec, nic: NicPort, port: GuestPort) -> None:
         self._switch = switch
         self.slot = slot
         self.spec = spec
@@ -223,10 +223,10 @@ class Switch:
     def __init__(self, dp: Datapath) -> None:
         self.dp = dp
         self.guests: dict[str, GuestEntry] = {}
-        self.nics: list[Nic] = []
-        self._new_mtus: set[Nic] = set()  # with an MTU that the workers and guests don't know yet
+        self.nics: list[NicPort] = []
+        self._new_mtus: set[NicPort] = set()  # with an MTU that the workers and guests don't know yet
 
-    def add_nic(self, nic: Nic) -> int:
+    def add_nic(self, nic: NicPort) -> int:
         """Take ownership of an open NIC; its index."""
         self.nics.append(nic)
         self.publish()

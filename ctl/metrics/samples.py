@@ -22,8 +22,8 @@ from .declared import Sample
 
 if TYPE_CHECKING:
     from ..datapath import Datapath
+    from ..nicport import NicPort
     from ..switch import GuestEntry, Switch
-    from ..xdp.nic import Nic
 
 
 class Counters:
@@ -56,7 +56,7 @@ class Counters:
             yield from _worker_samples(self._dp, worker)
 
 
-def _nic_samples(nic: Nic, all_guests: list[GuestEntry]) -> Iterator[Sample]:
+def _nic_samples(nic: NicPort, all_guests: list[GuestEntry]) -> Iterator[Sample]:
     guests = [guest for guest in all_guests if guest.nic is nic]
     slots: dict[int | None, str] = {guest.slot: guest.name for guest in guests}
     slots[None] = ""
@@ -64,7 +64,7 @@ def _nic_samples(nic: Nic, all_guests: list[GuestEntry]) -> Iterator[Sample]:
     verdicts = {
         (slot, queue, verdict): 0
         for slot in slots
-        for queue in range(nic.nr_queues)
+        for queue in range(len(nic.queues))
         for verdict in (HOST_VERDICTS if slot is None else GUEST_VERDICTS)
     }
     for key, count in nic.verdicts().items():
@@ -82,7 +82,7 @@ def _nic_samples(nic: Nic, all_guests: list[GuestEntry]) -> Iterator[Sample]:
 
     statistics = nic.xsk_statistics()
     for slot, name in slots.items():
-        for queue in range(nic.nr_queues):
+        for queue in range(len(nic.queues)):
             reasons = statistics.get((slot, queue), {})
             for reason in m.XSK_STATISTICS:
                 yield Sample(m.XSK_DROPS, (nic.iface, str(queue), name, reason), reasons.get(reason, 0))

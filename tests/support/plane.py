@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,6 +16,7 @@ from typing import Any, Self, cast
 from xdpvhost.config import GuestSpec
 from xdpvhost.datapath import Datapath
 from xdpvhost.links.ethtool import LinkState
+from xdpvhost.nicport import NicPort
 from xdpvhost.switch import GuestEntry, Switch
 from xdpvhost.vhost.endpoint import Endpoint
 
@@ -56,7 +57,13 @@ class NoNic:
 class Plane:
     """Workers, a switch, and endpoints in a loop of their own. Guests get MAC 52:54:00:00:00:NN in order."""
 
-    def __init__(self, directory: Path, workers: int = 1, poll: str = "adaptive") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        workers: int = 1,
+        poll: str = "adaptive",
+        nic: Callable[[Datapath], NicPort] | None = None,
+    ) -> None:
         self._directory = directory
         self._stack = ExitStack()
         self.loop = Loop()
@@ -64,7 +71,8 @@ class Plane:
         self.dp = Datapath(workers, poll)
         self._stack.callback(self.dp.close)
         self.switch = Switch(self.dp)
-        self.loop.call(lambda: self.switch.add_nic(cast(Any, NoNic())))
+        self.nic: NicPort = cast(Any, NoNic()) if nic is None else nic(self.dp)
+        self.loop.call(lambda: self.switch.add_nic(self.nic))
         self._stack.callback(self.loop.call, self.switch.close)
         self.dp.start()
         self.loop.call(lambda: self.loop.loop.add_reader(self.dp.event_fd, self._event))

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way to the network, as the switch and the metrics see it: a NIC with AF_XDP (ctl/xdp/nic.py), or a tap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from .datapath import Mcast, Nicq, Tapq, Xsk
+    from .links.ethtool import LinkState
+
+
+class NicPort(Protocol):
+    """One open NIC with its guests, by slot. For the control thread only, except the counters."""
+
+    @property
+    def iface(self) -> str: ...
+
+    @property
+    def ifindex(self) -> int: ...
+
+    @property
+    def mtu(self) -> int: ...
+
+    @property
+    def link(self) -> LinkState: ...
+
+    @property
+    def nr_queues(self) -> int: ...
+
+    @property
+    def queues(self) -> Sequence[Nicq]: ...
+
+    @property
+    def taps(self) -> Sequence[Tapq]:
+        """Instead of `queues`."""
+        ...
+
+    @property
+    def mcast(self) -> Mcast | None: ...
+
+    @property
+    def facts(self) -> Any:
+        """What `status` shows: a dataclass or a dict."""
+        ...
+
+    def close(self) -> None:
+        """Give it back as it was. After a publication without it. Idempotent."""
+        ...
+
+    def add_guest(self, slot: int, name: str, macs: Sequence[tuple[int, bytes]]) -> list[Xsk]:
+        """Room for a guest, to whom nothing is steered yet. Raises NicError, and then nothing of it is left."""
+        ...
+
+    def packet_socket(self, slot: int) -> Mcast | None:
+        """Where a guest's frames arrive, if not by AF_XDP sockets or a tap."""
+        ...
+
+    def steer(self, slot: int) -> None: ...
+
+    def set_macs(self, slot: int, macs: Sequence[tuple[int, bytes]]) -> None: ...
+
+    def unsteer(self, slot: int) -> None: ...
+
+    def remove_guest(self, slot: int) -> None: ...
+
+    def follow_link(self) -> bool:
+        """Look at carrier, speed and duplex; whether they changed."""
+        ...
+
+    def follow_mtu(self) -> bool:
+        """Look at the MTU; whether `mtu` changed."""
+        ...
+
+    def verdicts(self) -> Mapping[tuple[int | None, int, str], int]: ...
+
+    def xsk_statistics(self) -> Mapping[tuple[int | None, int], Mapping[str, int]]: ...
