@@ -449,6 +449,59 @@ def _facts_of(name: str, run_dir: Path) -> Mapping[str, Any]:
 
 
 @main.command()
+@click.option("--mode", "chosen", multiple=True, metavar="MODE", help="Only this one; repeatable. [default: all]")
+@click.option(
+    "--size",
+    "sizes",
+    type=click.IntRange(64, 1514),
+    multiple=True,
+    default=(64, 512, 1500),
+    show_default=True,
+    help="Bytes of a frame without FCS; repeatable.",
+)
+@click.option(
+    "--seconds", type=click.FloatRange(0.05, 60), default=1.0, show_default=True, help="Length of a measurement."
+)
+@click.option("--repeat", type=click.IntRange(1, 100), default=5, show_default=True, help="Samples of each figure.")
+@click.option(
+    "--load",
+    type=(click.IntRange(1, 10**6), click.IntRange(1, 10**6)),
+    default=(1000, 50000),
+    show_default=True,
+    metavar="LOW HIGH",
+    help="Frames a second of the two loads under which round trips are measured.",
+)
+@click.option("--uml", is_flag=True, help="Measure TCP of a User-Mode Linux guest, too.")
+@click.option("--iface", metavar="IF", help="A NIC to serve the guest on, instead of a veth.")
+@click.option("--peer", metavar="IF2", help="The interface at that NIC's other end, on this machine, too.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as JSON.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with plots.")
+@click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="Write the tables as Markdown.")
+def compare(
+    chosen: tuple[str, ...],
+    sizes: tuple[int, ...],
+    seconds: float,
+    repeat: int,
+    load: tuple[int, int],
+    uml: bool,
+    iface: str | None,
+    peer: str | None,
+    json_file: Path | None,
+    html: Path | None,
+    markdown: Path | None,
+) -> None:
+    """Measure every way to give a guest a network that this machine has, one after the other.
+
+    All get the same synthetic guest, over a veth in namespaces of its own (or --iface and --peer). Nothing is left of
+    them. docs/compare.md says what the figures mean.
+    """
+    privileges.require("compare", privileges.CLEAN)
+    from .compare import command
+
+    command.run(chosen, sizes, seconds, repeat, load, uml, iface, peer, json_file, html, markdown)
+
+
+@main.command()
 @run_dir_option
 def down(run_dir: Path) -> None:
     """End the daemon and wait until its interface is as it was."""

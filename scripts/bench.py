@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures xdpvhost beside DPDK's testpmd: the same front-end, the same generator, one after the other in one run.
 
-The back-end has a CPU of its own; guests and network share another, as one loop (tests/bench/driver.c). Rates are what
-that loop saw arrive. Cycles a packet are the back-end's own count: of the polls that moved packets, divided by the
-packets (testpmd --record-core-cycles; xdpvhost_worker_busy_cycles_total). Only ratios within one run mean anything.
+The back-end has a CPU of its own; guests and network share another, as one loop (datapath/synthetic/guest.c). Rates
+are what that loop saw arrive. Cycles a packet are the back-end's own count: of the polls that moved packets, divided
+by the packets (testpmd --record-core-cycles; xdpvhost_worker_busy_cycles_total). Only ratios within one run mean
+anything.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from ctypes import Structure, byref, c_int32, c_uint16, c_uint32, c_uint64, c_void_p
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -34,11 +34,10 @@ from support.netns import Namespace, World
 from support.testpmd import PROGRAM as TESTPMD
 from support.testpmd import TestPmd, VirtioUser
 from support.virtqueue import DESC_WRITE, NO_INTERRUPT
+from xdpvhost.compare import native
 from xdpvhost.xdp.libbpf import BpfObject, check, libbpf
 
 TOP = Path(__file__).resolve().parents[1]
-BENCH = TOP / "tests" / "bench"
-CACHE = TOP / ".cache" / "bench"
 MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02")
 STRANGER = "02:00:00:00:00:99"
 HEADER = 12
@@ -54,30 +53,6 @@ WAYS = {
     "guest-guest-packed": "guest to guest, testpmd, packed, in order",
 }
 BACKENDS = ("xdpvhost", "dpdk")
-
-
-class RingState(Structure):
-    _fields_ = (
-        ("avail", c_void_p),
-        ("used", c_void_p),
-        ("done", c_uint64),
-        ("bytes", c_uint64),
-        ("num", c_uint32),
-        ("kick_fd", c_int32),
-        ("offered", c_uint16),
-        ("seen", c_uint16),
-    )
-
-
-class Job(Structure):
-    _fields_ = (
-        ("rings", c_void_p),
-        ("nr_rings", c_uint64),
-        ("nanoseconds", c_uint64),
-        ("program_fd", c_int32),
-        ("frame_len", c_uint32),
-        ("frame", c_void_p),
-    )
 
 
 @dataclass
@@ -105,19 +80,6 @@ class Row:
         return min(values), max(values)
 
 
-def build() -> tuple[ctypes.CDLL, Path]:
-    """Compile the driver and its BPF object into .cache."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    driver, net = CACHE / "driver.so", CACHE / "net.bpf.o"
-    flags = ["-O2", "-g", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run(["gcc", *flags, "-shared", "-fPIC", "-pthread", "-o", driver, BENCH / "driver.c"], check=True)
-    include = f"-I/usr/include/{os.uname().machine}-linux-gnu"
-    subprocess.run(["clang", "-target", "bpf", *flags, include, "-c", "-o", net, BENCH / "net.bpf.c"], check=True)
-    library = ctypes.CDLL(str(driver))
-    library.run.argtypes, library.run.restype = (ctypes.POINTER(Job),), ctypes.c_int
-    return library, net
-
-
 def make_frame(destination: str, source: str, size: int) -> bytes:
     header = bytes.fromhex(destination.replace(":", "") + source.replace(":", "") + "88b5")
     return header + bytes(i & 0xFF for i in range(size - len(header)))
@@ -134,14 +96,16 @@ class Guest(NetDevice):
             memory_size=8 << 20,
         )
 
-    def ring(self, index: int) -> RingState:
+    def ring(self, index: int) -> native.Ring:
         queue = self.queues[index]
         base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory.map))
-        return RingState(
+        return native.Ring(
             avail=base + queue.avail - self.memory.gpa,
             used=base + queue.used - self.memory.gpa,
             num=RING,
             kick_fd=queue.kick_fd,
+            kind=native.SPLIT,
+            notifier=native.EVENTFD,
             offered=queue.avail_idx,
         )
 
@@ -217,7 +181,6 @@ SYSTEMS = {"xdpvhost": xdpvhost, "dpdk": dpdk}
 class Bench:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.library, self.net_object = build()
 
     def measure(self, way: str, size: int, backend: str) -> Sample:
         with World() as world, ExitStack() as stack:
@@ -231,8 +194,8 @@ class Bench:
 
     def _driven(self, net: Namespace, stack: ExitStack, paths: list[Path], way: str, size: int, cost: Cost) -> Sample:
         guests = [Guest(path) for path in paths[: 2 if way == "guest-guest" else 1]]
-        job = Job(nanoseconds=int(self.seconds * 1e9), program_fd=-1, frame_len=size)
-        rings: list[RingState] = []
+        job = native.Job(nanoseconds=int(self.seconds * 1e9), program_fd=-1, socket_fd=-1, frame_len=size)
+        rings: list[native.Ring] = []
         watch = 0
         received: Callable[[], int] | None = None
         if way != "guest-nic":
@@ -255,15 +218,15 @@ class Bench:
         for guest in guests:
             for queue in guest.queues:
                 queue.publish()
-        table = (RingState * len(rings))(*rings)
+        table = (native.Ring * len(rings))(*rings)
         job.rings, job.nr_rings = ctypes.addressof(table), len(table)
         os.sched_setaffinity(0, {DRIVER_CPU})
         try:
             with net.entered():
-                self._run(job, 0.3)  # warm up: sockets, caches, the guest's driver
+                native.run(job, 0.3)  # warm up: sockets, caches, the guest's driver
                 before, done, arrived = cost(), table[watch].done, received() if received else 0
                 started = time.monotonic()
-                self._run(job, self.seconds)
+                native.run(job, self.seconds)
                 elapsed = time.monotonic() - started
                 count = received() - arrived if way == "guest-nic" and received else table[watch].done - done
                 after = cost()
@@ -273,15 +236,10 @@ class Bench:
             raise AssertionError(f"{way} at {size} bytes: only {count} packets in {elapsed:.1f} s")
         return Sample(count / elapsed, (after[1] - before[1]) / max(1, after[0] - before[0]))
 
-    def _run(self, job: Job, seconds: float) -> None:
-        job.nanoseconds = int(seconds * 1e9)
-        if error := self.library.run(byref(job)):
-            raise OSError(error, f"the benchmark's driver cannot run: {os.strerror(error)}")
-
-    def _network(self, net: Namespace, stack: ExitStack, job: Job, way: str, size: int) -> Callable[[], int]:
+    def _network(self, net: Namespace, stack: ExitStack, job: native.Job, way: str, size: int) -> Callable[[], int]:
         """The veth's other end: a source of frames for the guest, or a sink that counts."""
         ifindex = int(net.json("ip", "-j", "link", "show", "dev", "net0")[0]["ifindex"])
-        obj = stack.enter_context(BpfObject(self.net_object))
+        obj = stack.enter_context(BpfObject(native.TRAFFIC))
         obj.load()
         zero = bytes(4)
         obj.map("device").update(zero, ifindex.to_bytes(4, "little"))

@@ -9,7 +9,6 @@ Everything is synchronous with a deadline, so it works against an endpoint in an
 
 from __future__ import annotations
 
-import array
 import contextlib
 import os
 import socket
@@ -22,6 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from xdpvhost.compare.frontend import FLAGS as FLAGS
+from xdpvhost.compare.frontend import NEED_REPLY as NEED_REPLY
+from xdpvhost.compare.frontend import NO_FD as NO_FD
+from xdpvhost.compare.frontend import REPLY as REPLY
+from xdpvhost.compare.frontend import Disconnected as Disconnected
+from xdpvhost.compare.frontend import FrontEnd as ProductFrontEnd
 from xdpvhost.vhost.wire import Request
 
 from .virtqueue import Buffer, GuestMemory, PackedQueue, Queue, Slot, VirtQueue
@@ -57,83 +62,9 @@ P_MEM_SLOTS = 1 << 15
 P_STATUS = 1 << 16
 P_DEVICE_STATE = 1 << 19
 
-NO_FD = 0x100
-FLAGS = 1
-REPLY = 4
-NEED_REPLY = 8
 
-
-class Disconnected(AssertionError):
-    """The back-end closed the connection."""
-
-
-class FrontEnd:
-    """One connection to a back-end."""
-
-    def __init__(self, sock: socket.socket, deadline: float = DEADLINE) -> None:
-        sock.settimeout(deadline)
-        self.sock = sock
-        self.protocol_features = 0
-        self.features = 0
-
-    @classmethod
-    def connect(cls, path: Path, deadline: float = DEADLINE) -> Self:
-        """Connects to a back-end that listens, waiting for it to come up."""
-        end = time.monotonic() + deadline
-        while True:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-            try:
-                sock.connect(str(path))
-                return cls(sock, deadline)
-            except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-                sock.close()
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.01)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _t: type[BaseException] | None, _e: BaseException | None, _tb: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self.sock.close()
-
-    # ---- messages ----
-
-    def send_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        sent = self.sock.sendmsg([data], control, socket.MSG_NOSIGNAL)
-        if sent < len(data):
-            self.sock.sendall(data[sent:])
-
-    def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = FLAGS) -> None:
-        self.send_raw(struct.pack("=III", request, flags, len(payload)) + payload, fds)
-
-    def _exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            try:
-                more = self.sock.recv(size - len(data))
-            except ConnectionResetError:
-                more = b""
-            if not more:
-                raise Disconnected("the back-end closed the connection")
-            data += more
-        return data
-
-    def receive(self) -> tuple[int, int, bytes]:
-        """The next message: request, flags, payload. Raises Disconnected."""
-        request, flags, size = struct.unpack("=III", self._exactly(12))
-        return request, flags, self._exactly(size)
-
-    def ask(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = FLAGS) -> bytes:
-        """Sends a request that has its own reply; the reply's payload."""
-        self.send(request, payload, fds, flags)
-        answered, reply_flags, body = self.receive()
-        assert (answered, reply_flags) == (request, FLAGS | REPLY), f"reply {answered}, flags {reply_flags:#x}"
-        return body
+class FrontEnd(ProductFrontEnd):
+    """One connection to a back-end: the product's own, and what only hostile and thorough tests need."""
 
     def ask_fd(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> tuple[bytes, int | None]:
         """Sends a request whose reply may bring a descriptor; payload and descriptor, which the caller closes."""
@@ -143,21 +74,6 @@ class FrontEnd:
         assert (answered, reply_flags) == (request, FLAGS | REPLY), f"reply {answered}, flags {reply_flags:#x}"
         assert len(came) <= 1
         return self._exactly(size), came[0] if came else None
-
-    def ask_u64(self, request: int) -> int:
-        return int(struct.unpack("=Q", self.ask(request))[0])
-
-    def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), expect: int = 0) -> None:
-        """Sends a request without a reply of its own, and waits for its acknowledgement if that was negotiated."""
-        if self.protocol_features & P_REPLY_ACK:
-            answer = struct.unpack("=Q", self.ask(request, payload, fds, FLAGS | NEED_REPLY))[0]
-            assert answer == expect, f"{Request(request).name} was answered {answer}"
-        else:
-            self.send(request, payload, fds)
-
-    def sync(self) -> None:
-        """Returns when every earlier message was served."""
-        self.ask(Request.GET_FEATURES)
 
     def disconnected(self, timeout: float = DEADLINE) -> bool:
         """Whether the back-end closes the connection; pending replies are thrown away."""
@@ -171,45 +87,16 @@ class FrontEnd:
             return False
         return True
 
-    # ---- requests ----
-
-    def state(self, request: int, index: int, num: int) -> None:
-        self.tell(request, struct.pack("=II", index, num))
-
     def get_base(self, index: int) -> int:
         answered, base = struct.unpack("=II", self.ask(Request.GET_VRING_BASE, struct.pack("=II", index, 0)))
         assert answered == index
         return int(base)
-
-    def file(self, request: int, index: int, fd: int | None) -> None:
-        if fd is None:
-            self.tell(request, struct.pack("=Q", index | NO_FD))
-        else:
-            self.tell(request, struct.pack("=Q", index), [fd])
-
-    def enable(self, index: int, on: bool = True) -> None:
-        self.state(Request.SET_VRING_ENABLE, index, int(on))
-
-    def set_features(self, features: int) -> None:
-        self.features = features
-        self.tell(Request.SET_FEATURES, struct.pack("=Q", features))
-
-    def set_protocol_features(self, features: int) -> None:
-        self.send(Request.SET_PROTOCOL_FEATURES, struct.pack("=Q", features))
-        self.protocol_features = features
-
-    def set_mem_table(self, slots: Sequence[Slot], fds: Sequence[int], room_for: int = 0) -> None:
-        body = struct.pack("=II", len(slots), 0) + b"".join(slot.pack() for slot in slots)
-        self.tell(Request.SET_MEM_TABLE, body.ljust(8 + 32 * room_for, b"\0"), fds)
 
     def add_mem_reg(self, slot: Slot, fd: int) -> None:
         self.tell(Request.ADD_MEM_REG, bytes(8) + slot.pack(), [fd])
 
     def rem_mem_reg(self, slot: Slot) -> None:
         self.tell(Request.REM_MEM_REG, bytes(8) + slot.pack())
-
-    def set_addr(self, index: int, desc: int, used: int, avail: int, flags: int = 0, log: int = 0) -> None:
-        self.tell(Request.SET_VRING_ADDR, struct.pack("=IIQQQQ", index, flags, desc, used, avail, log))
 
     def set_queue(self, index: int, queue: VirtQueue, base: int | None = None, call_fd: int | None = None) -> None:
         """Size, base (or the queue's own), address, call and kick of one ring; the kick comes last and starts it."""
