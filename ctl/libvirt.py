@@ -19,7 +19,7 @@ def memory_backing() -> str:
     root = ET.Element("memoryBacking")
     ET.SubElement(root, "source", type="memfd")
     ET.SubElement(root, "access", mode="shared")
-    return _text(root)
+    return element_text(root)
 
 
 def interface(spec: GuestSpec, device: Device = DEFAULT_DEVICE) -> str:
@@ -40,9 +40,10 @@ def interface(spec: GuestSpec, device: Device = DEFAULT_DEVICE) -> str:
         driver["packed"] = "on"
     if driver:
         ET.SubElement(root, "driver", driver)
-    return _text(root)
+    return element_text(root)
 
 
-def _text(root: ET.Element) -> str:
+def element_text(root: ET.Element) -> str:
+    """The XML, one element a line."""
     ET.indent(root)
     return ET.tostring(root, encoding="unicode")

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_WIDTH = 160  # of a table that goes into a file or pipe
-ASKED = {"xdp": "XDP mode", "bind": "AF_XDP bind"}  # facts that come as KEY_asked and KEY_in_use
+ASKED = {"xdp": "XDP mode", "bind": "AF_XDP bind"}  # names of facts that come as KEY_asked and KEY_in_use
 
 Counter = Mapping[str, Any]
 
@@ -54,7 +54,20 @@ def _drops(direction: Mapping[str, Any]) -> int:
     return sum(direction["drops"].values())
 
 
+def _asked(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What, asked, in use: of facts that come as KEY_asked and KEY_in_use, which are taken out of `facts`."""
+    keys = [key.removesuffix("_asked") for key in facts if key.endswith("_asked")]
+    flat = [dict(_flatten({end: facts.pop(f"{key}_{end}", "?") for end in ("asked", "in_use")})) for key in keys]
+    return [
+        (ASKED.get(key, key.replace("_", " ")), cells["asked"], cells["in use"])
+        for key, cells in zip(keys, flat, strict=True)
+    ]
+
+
 def guest_table(guests: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a guest: those that the data plane serves, or those that have a device."""
+    if any("device" in guest for guest in guests):
+        return _device_table(guests)
     rows = [
         (
             guest["name"],
@@ -75,6 +88,41 @@ def guest_table(guests: Sequence[Mapping[str, Any]]) -> Table:
     return table("guests", columns, rows)
 
 
+def _device_table(guests: Sequence[Mapping[str, Any]]) -> Table:
+    def counted(guest: Mapping[str, Any], direction: str) -> tuple[object, object]:
+        found = guest.get(direction)
+        return (found["packets"], _drops(found)) if found else ("?", "?")
+
+    rows = [
+        (
+            guest["name"],
+            guest["mac"],
+            guest["device"],
+            guest.get("node", ""),
+            "yes" if guest.get("connected") else "no",
+            guest["queues"],
+            *counted(guest, "rx"),
+            *counted(guest, "tx"),
+        )
+        for guest in guests
+    ]
+    columns = ("guest", "mac", "device", "node", "open", "queues", "rx", "drops", "tx", "drops")
+    return table("guests", columns, rows)
+
+
+_SHOWN = frozenset({"name", "mac", "device", "node", "connected", "queues", "rx", "tx", "spec"})  # in that table
+
+
+def _device_facts(guest: Mapping[str, Any]) -> list[Table]:
+    """What was asked for and is in use of one guest's device, and what else is known."""
+    facts = {key: value for key, value in guest.items() if key not in _SHOWN}
+    asked = _asked(facts)
+    return [
+        table(f"guest {guest['name']}", ("what", "asked", "in use"), asked),
+        table("", ("fact", "value"), _flatten(facts)),
+    ]
+
+
 def status_view(status: Mapping[str, Any]) -> Group:
     """The daemon, each NIC with what was asked for and what is in use, and each guest."""
     daemon = {
@@ -83,17 +131,23 @@ def status_view(status: Mapping[str, Any]) -> Group:
         "run directory": status["run_dir"],
         "up": f"{status['uptime_seconds']} s",
         "metrics": status["metrics"],
-        "workers": f"{status['workers']}, {status['poll']}",
+        "mode": status["mode"],
     }
+    if "workers" in status:
+        daemon["workers"] = f"{status['workers']}, {status['poll']}"
     parts: list[Table] = [table("xdpvhost", ("what", "value"), _flatten(daemon))]
     for nic in status["nics"]:
         facts = {key: value for key, value in nic.items() if key != "facts"} | nic["facts"]
-        pairs = [(what, facts.pop(f"{key}_asked", "?"), facts.pop(f"{key}_in_use", "?")) for key, what in ASKED.items()]
+        pairs = _asked(facts)
         title = f"interface {facts.pop('iface')}"
         parts.append(table(title, ("what", "asked", "in use"), pairs))
         parts.append(table("", ("fact", "value"), _flatten(facts)))
     parts.append(guest_table(status["guests"]))
-    features = [(g["name"], g["features"], " ".join(g["feature_names"])) for g in status["guests"] if g["connected"]]
+    for guest in status["guests"]:
+        if "device" in guest:
+            parts += _device_facts(guest)
+    served = [g for g in status["guests"] if g.get("connected") and "features" in g]
+    features = [(g["name"], g["features"], " ".join(g["feature_names"])) for g in served]
     if features:
         parts.append(table("negotiated features", ("guest", "bits", "names"), features))
     return Group(*parts)
@@ -133,6 +187,8 @@ def stats_view(stats: Mapping[str, Any], before: Mapping[str, Any] | None = None
         return f"{max(0, now - total(old, name, **labels)) / seconds:,.0f}"
 
     unit = "/s" if seconds else ""
+    if label_values(counters, "xdpvhost_link_packets_total", "guest"):
+        return Group(_link_stats(counters, number, unit))
     return Group(
         _guest_stats(counters, number, unit), _nic_stats(counters, number, unit), _worker_stats(counters, number, unit)
     )
@@ -184,6 +240,16 @@ def _nic_stats(counters: Sequence[Counter], number: Number, unit: str) -> Table:
     moved = ("redirect", "no socket", "to host", "multicast", "received", "sent")
     columns = ("iface", "queue", *(f"{word}{unit}" for word in moved), f"drops{unit}", "kernel's XSK statistics")
     return table("NIC queues", columns, rows, right=2)
+
+
+def _link_stats(counters: Sequence[Counter], number: Number, unit: str) -> Table:
+    names = [f"xdpvhost_link_{what}_total" for what in ("packets", "bytes", "drops")]
+    rows = [
+        (guest, *(number(name, guest=guest, direction=direction) for direction in ("rx", "tx") for name in names))
+        for (guest,) in label_values(counters, names[0], "guest")
+    ]
+    moved = ("rx", "rx bytes", "rx drops", "tx", "tx bytes", "tx drops")
+    return table("guests' devices", ("guest", *(f"{word}{unit}" for word in moved)), rows, right=1)
 
 
 def _worker_stats(counters: Sequence[Counter], number: Number, unit: str) -> Table:

@@ -82,6 +82,11 @@ class Changes:
                 return entry
         return None
 
+    def has(self, kind: str, **args: Any) -> bool:
+        """Whether a change of this kind with these `args` is made, or left by a killed daemon and not yet claimed."""
+        entries = (*self._unclaimed, *self._made)
+        return any(entry.kind == kind and args.items() <= entry.args.items() for entry in entries)
+
     def amend(self, entry: Entry, **args: Any) -> None:
         """Add what became known about a change only after it was made."""
         self.journal.amend(entry, **args)

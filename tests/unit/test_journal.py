@@ -170,4 +170,6 @@ def test_only_its_owner_reads_it(path: Path, host: Host) -> None:
 
 
 def test_every_kind_has_a_handler() -> None:
-    assert set(handlers()) == {"link_up", "features", "channels", "xdp", "wishes"}
+    """Of NICs that the data plane serves, and of the modes of links."""
+    links = {"wishes", "tap", "bridge", "port", "addresses", "macvtap", "node", "mac", "proxy", "sysctl", "vhost_pin"}
+    assert set(handlers()) >= {"link_up", "features", "channels", "xdp"} | links
