@@ -197,15 +197,17 @@ static bool poll_tap(struct worker *w, const struct snapshot *snap, const struct
 	struct xv_tapq *tap = source->tap;
 	struct xv_vring *stalled = NULL, *was = tap->stalled_on;
 	uint32_t done, unclaimed = 0;
+	uint64_t dropped;
 
 	if (unlikely(was && vring_usable(was) && !vring_has_buffers(was)) &&
 	    (source->alone || may_wait(w, &tap->patience, true))) {
 		*(source->alone ? &w->rx_stalls : &w->tx_stalls) = true;
 		return false;
 	}
+	dropped = tap->counters.rx_dropped;
 	tap_rx_burst(tap, &w->burst);
 	if (!w->burst.nr)
-		return false;
+		return tap->counters.rx_dropped != dropped; /* then there may be more, for which no event will come */
 	done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
 	if (unlikely(stalled && !source->alone && !may_wait(w, &tap->patience, was != NULL))) {
 		switch_drop_stalled(stalled, w->burst.nr - done);
