@@ -58,7 +58,7 @@ MODE_KEYS: dict[Mode, dict[str, str]] = {
     "emulated": _TAP_KEYS,
 }
 
-# In which modes an option of `up` means something; the others are for all. `--serve vhost-user` is like xdp.
+# In which modes an option of `up` means something; the others are for all. `--serve vhost-user` has workers, too.
 _BRIDGED: tuple[Mode, ...] = ("tap", "vhost-net", "emulated")
 OPTION_MODES: dict[str, tuple[Mode, ...]] = {
     "workers": ("xdp",),
@@ -306,7 +306,7 @@ def check_options(mode: Mode, serve: Serve, given: Iterable[str]) -> None:
     """Raise ConfigError for an option of `up` that was given (by its parameter's name) and means nothing in `mode`."""
     for name in given:
         modes = OPTION_MODES.get(name)
-        served = mode == "tap" and serve == "vhost-user" and modes == ("xdp",)
+        served = mode == "tap" and serve == "vhost-user" and name in ("workers", "poll")
         if modes is not None and mode not in modes and not served:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option}: means nothing in mode {mode}, only in {', '.join(modes)}; leave it out")

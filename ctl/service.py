@@ -5,7 +5,7 @@ Theory of operation. `ctl/daemon.py` knows the life of `xdpvhost up`: run direct
 metrics, the way down. How guests get their frames is behind `Service`, and which one does follows from `--mode`:
 
     xdp                        ctl/serve_xdp.py     AF_XDP and vhost-user, the data plane
-    tap --serve vhost-user     ctl/serve_xdp.py     the data plane, over a tap
+    tap --serve vhost-user     ctl/serve_tap.py     the data plane and vhost-user, over a tap
     every other                ctl/serve_links.py   devices that a virtual machine opens by itself; one file a mode in
                                                     ctl/modes/
 
@@ -100,7 +100,9 @@ def service_for(config: UpConfig) -> Service:
 
         return XdpService(config)
     if config.mode == "tap" and config.serve == "vhost-user":
-        raise ConfigError("--serve vhost-user: this version has no tap port of its own yet; use --serve qemu")
+        from .serve_tap import TapService
+
+        return TapService(config)
     from .serve_links import LinkService
 
     return LinkService(config)
