@@ -13,6 +13,8 @@ from support import machine
 
 NO_TESTS = 5  # pytest's exit status when it found none
 OUT = machine.LAB / "out"
+WHAT = """test: tests/lab, on every kind of machine unless --machine chooses; what follows goes to pytest. run: one
+command. shell: bash on this terminal; leave it with exit."""
 
 
 def write(data: bytes) -> None:
@@ -53,12 +55,8 @@ def main() -> int:
         "--timeout", type=float, default=240, metavar="S", help="of one machine (240; a shell has none)"
     )
     parser.add_argument("--out", type=Path, default=OUT, help="what the machine sees as /lab/out (.cache/lab/out)")
-    what = parser.add_subparsers(dest="what", required=True)
-    what.add_parser("test", help="tests/lab, on every kind of machine unless --machine chooses").add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="PYTEST"
-    )
-    what.add_parser("run", help="one command").add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND")
-    what.add_parser("shell", help="bash on this terminal; leave it with exit")
+    parser.add_argument("what", choices=["test", "run", "shell"], help=WHAT)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…")
     options = parser.parse_args()
 
     def changed(kind: machine.Kind) -> machine.Kind:
