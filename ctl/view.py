@@ -115,12 +115,16 @@ _SHOWN = frozenset({"name", "mac", "device", "node", "connected", "queues", "rx"
 
 def _device_facts(guest: Mapping[str, Any]) -> list[Table]:
     """What was asked for and is in use of one guest's device, and what else is known."""
-    facts = {key: value for key, value in guest.items() if key not in _SHOWN}
+    return _asked_and_facts(
+        f"guest {guest['name']}", {key: value for key, value in guest.items() if key not in _SHOWN}
+    )
+
+
+def _asked_and_facts(title: str, facts: dict[str, Any]) -> list[Table]:
+    """What was asked for and is in use, then the rest of `facts`; no table that would be empty."""
     asked = _asked(facts)
-    return [
-        table(f"guest {guest['name']}", ("what", "asked", "in use"), asked),
-        table("", ("fact", "value"), _flatten(facts)),
-    ]
+    tables = [table(title, ("what", "asked", "in use"), asked)] if asked else []
+    return [*tables, table("" if asked else title, ("fact", "value"), _flatten(facts))]
 
 
 def status_view(status: Mapping[str, Any]) -> Group:
@@ -138,10 +142,7 @@ def status_view(status: Mapping[str, Any]) -> Group:
     parts: list[Table] = [table("xdpvhost", ("what", "value"), _flatten(daemon))]
     for nic in status["nics"]:
         facts = {key: value for key, value in nic.items() if key != "facts"} | nic["facts"]
-        pairs = _asked(facts)
-        title = f"interface {facts.pop('iface')}"
-        parts.append(table(title, ("what", "asked", "in use"), pairs))
-        parts.append(table("", ("fact", "value"), _flatten(facts)))
+        parts += _asked_and_facts(f"interface {facts.pop('iface')}", facts)
     parts.append(guest_table(status["guests"]))
     for guest in status["guests"]:
         if "device" in guest:
