@@ -115,9 +115,7 @@ _SHOWN = frozenset({"name", "mac", "device", "node", "connected", "queues", "rx"
 
 def _device_facts(guest: Mapping[str, Any]) -> list[Table]:
     """What was asked for and is in use of one guest's device, and what else is known."""
-    return _asked_and_facts(
-        f"guest {guest['name']}", {key: value for key, value in guest.items() if key not in _SHOWN}
-    )
+    return _asked_and_facts(f"guest {guest['name']}", {key: value for key, value in guest.items() if key not in _SHOWN})
 
 
 def _asked_and_facts(title: str, facts: dict[str, Any]) -> list[Table]:
