@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from support.daemon import Daemon
-from support.frames import PacketSocket, udp_frame
+from support.frames import PacketSocket, mac_bytes, udp_frame
 from support.frontend import F_MRG_RXBUF, F_PROTOCOL, F_VERSION_1, NetDevice
 from support.linkhost import LinkHost, operstate
 from support.netns import World
@@ -37,6 +37,14 @@ def guest(stack: ExitStack, daemon: Daemon, name: str) -> NetDevice:
     return device
 
 
+def received_from(device: NetDevice, mac: str, count: int) -> list[bytes]:
+    """What else a stack in the bridge says to groups is left out."""
+    found: list[bytes] = []
+    while len(found) < count:
+        found += [frame for _, frame in device.receive(1) if frame[6:12] == mac_bytes(mac)]
+    return found
+
+
 def both_ways(host: LinkHost, device: NetDevice, mac: str) -> None:
     """23 frames from the network to the guest, and 23 back."""
     net_mac = host.net.mac("net0")
@@ -44,8 +52,7 @@ def both_ways(host: LinkHost, device: NetDevice, mac: str) -> None:
         wait_for(lambda: operstate(host.nic, "nic0") == "UP", 10, "the NIC")
         sent = [udp_frame(mac, net_mac, number=n, size=60 + n) for n in range(COUNT)]
         wire.send(sent)
-        got = [frame for _, frame in device.receive(COUNT)]
-        assert [frame for frame in got if frame[6:12] == sent[0][6:12]] == sent
+        assert received_from(device, net_mac, COUNT) == sent
         back = [udp_frame(net_mac, mac, number=n, size=60 + 7 * n) for n in range(COUNT)]
         for frame in back:
             device.send(frame)
@@ -62,7 +69,7 @@ def test_frames_pass_and_the_host_is_as_it_was(host: LinkHost, workers: int) -> 
         both_ways(host, one, MAC1)
         both_ways(host, two, MAC2)
         one.send(udp_frame(MAC2, MAC1, number=5))
-        assert [frame for _, frame in two.receive(1)] == [udp_frame(MAC2, MAC1, number=5)]
+        assert received_from(two, MAC1, 1) == [udp_frame(MAC2, MAC1, number=5)]
         metrics = daemon.metrics()
         assert metrics.total("xdpvhost_tap_transmit_packets_total", iface="nic0") == 2 * COUNT
         assert metrics.total("xdpvhost_tap_receive_packets_total", iface="nic0") >= 2 * COUNT
@@ -109,7 +116,7 @@ def test_tap_deleted_is_told_and_survived(host: LinkHost) -> None:
         host.nic.ip("link", "del", TAP)
         daemon.process.wait_line(f"tap {TAP} was deleted", 5)
         one.send(udp_frame(MAC2, MAC1))
-        assert len(two.receive(1)) == 1
+        assert received_from(two, MAC1, 1) == [udp_frame(MAC2, MAC1)]
         one.send(udp_frame(host.net.mac("net0"), MAC1))
         daemon.wait_metric(1, "xdpvhost_guest_drops_total", guest="vm1", direction="tx", reason="link_down")
         assert json.loads(daemon.cli("status", "--json"))["nics"][0]["facts"]["tap_state"] == "deleted by somebody else"
