@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .config import GuestSpec, UpConfig, check_new_guest, format_guest, format_mac
 from .errors import DaemonError, XdpvhostError
-from .links import nicprep
+from .links import nicprep, rtnl
 from .links.changes import Changes, adoptable
 from .metrics import declared as m
 from .metrics.declared import Sample
@@ -151,7 +151,8 @@ class LinkService:
         return {"nics": [{"iface": self._config.iface, "ifindex": self._changes.ifindex, "facts": facts}]}
 
     def describe_guests(self) -> list[dict[str, Any]]:
-        return [self._describe_guest(spec) for spec in self._guests.values()]
+        with rtnl.one_look():
+            return [self._describe_guest(spec) for spec in self._guests.values()]
 
     def _describe_guest(self, spec: GuestSpec) -> dict[str, Any]:
         uplink = self._open_uplink()
@@ -168,10 +169,13 @@ class LinkService:
     def read(self) -> list[Sample]:
         samples = [Sample(m.BUILD_INFO, (__version__, "none"), 1)]
         uplink = self._uplink
-        for spec in list(self._guests.values()):
-            counted = None if uplink is None else uplink.counters(spec)
-            if counted is not None:
-                samples += link_samples(self._config.mode, spec.name, counted)
+        if uplink is None:
+            return samples
+        with rtnl.one_look():
+            for spec in list(self._guests.values()):
+                counted = uplink.counters(spec)
+                if counted is not None:
+                    samples += link_samples(self._config.mode, spec.name, counted)
         return samples
 
     def handlers(self) -> Mapping[str, Handler]:

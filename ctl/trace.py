@@ -34,7 +34,7 @@ from typing import Any, Literal
 import click
 import msgspec
 
-from .errors import DaemonError, SilentError, XdpvhostError
+from .errors import ConfigError, DaemonError, SilentError, XdpvhostError
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,11 @@ class Resolver:
     def __init__(self, status: Callable[[], Status]) -> None:
         self._ask = status
         self._status = status()
+        if self._status.get("mode", "xdp") != "xdp":
+            raise ConfigError(
+                f"trace drops: in mode {self._status['mode']} no frame passes XDP; `xdpvhost stats` counts the drops "
+                "of each guest's device"
+            )
 
     def refresh(self) -> None:
         """Raises DaemonError when the daemon is gone, or another, whose XDP program nobody watches, is in its place."""

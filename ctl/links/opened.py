@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import rtnl
+
 PROC = Path("/proc")
 
 
@@ -22,14 +24,17 @@ class Opener:
 
 def openers(devices: Collection[str]) -> dict[str, list[Opener]]:
     """By device: a tap's name, or the path of a macvtap's node. Processes that we may not look into are left out."""
-    found: dict[str, list[Opener]] = {device: [] for device in devices}
-    if not found:
-        return found
+    held = rtnl.once("openers", _all_held)
+    return {device: held.get(device, []) for device in devices}
+
+
+def _all_held() -> dict[str, list[Opener]]:
+    found: dict[str, list[Opener]] = {}
     for process in PROC.glob("[0-9]*"):
         with suppress(OSError):
-            held = {device for device in _held(process) if device in found}
-            for device in held:
-                found[device].append(Opener(int(process.name), (process / "comm").read_text().strip()))
+            for device in _held(process):
+                opener = Opener(int(process.name), (process / "comm").read_text().strip())
+                found.setdefault(device, []).append(opener)
     return found
 
 

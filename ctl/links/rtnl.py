@@ -11,8 +11,9 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,13 +72,41 @@ class Identity:
         return {"token": self.token, "temporary": self.temporary}
 
 
-def links() -> list[Any]:
-    """Every device's message."""
-    return request("network devices", lambda ip: list(ip.get_links()))
+class _Look(threading.local):
+    """What one thread has seen: see one_look()."""
+
+    by_index: dict[int, Any] | None = None
+    memory: dict[str, Any] | None = None
+
+
+_look = _Look()
+
+
+@contextmanager
+def one_look() -> Iterator[None]:
+    """Inside, this thread's questions about devices are answered by one look at all: for who asks about many."""
+    messages = request("network devices", lambda ip: list(ip.get_links()))
+    _look.by_index, _look.memory = {message["index"]: message for message in messages}, {}
+    try:
+        yield
+    finally:
+        _look.by_index = _look.memory = None
+
+
+def once(key: str, function: Callable[[], T]) -> T:
+    """What `function` answers; inside one_look() it is asked once."""
+    if _look.memory is None:
+        return function()
+    if key not in _look.memory:
+        _look.memory[key] = function()
+    found: T = _look.memory[key]
+    return found
 
 
 def link_message(index: int) -> Any | None:
     """One device's message; None when there is none."""
+    if _look.by_index is not None:
+        return _look.by_index.get(index)
     try:
         return request(f"interface {index}", lambda ip: ip.link("get", index=index)[0])
     except NicError as exc:
@@ -88,6 +117,9 @@ def link_message(index: int) -> Any | None:
 
 def index_of(name: str) -> int | None:
     """None when no device has that name."""
+    if _look.by_index is not None:
+        named = (index for index, message in _look.by_index.items() if message.get_attr("IFLA_IFNAME") == name)
+        return next(named, None)
     return request(f"interface {name}", lambda ip: next(iter(ip.link_lookup(ifname=name)), None))
 
 

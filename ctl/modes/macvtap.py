@@ -42,6 +42,7 @@ class MacvtapUplink:
         self.config = config
         self.changes = changes
         self._passthru = config.macvtap_mode == "passthru"
+        self._has_it: str | None = None  # the guest that has the NIC for itself
 
     def open(self) -> None:
         link = get_link(self.config.iface)
@@ -54,6 +55,11 @@ class MacvtapUplink:
         what, name = f"guest {spec.name!r}", keys.device_name(spec)
         who = keys.owner_of(spec)
         if self._passthru:
+            if self._has_it is not None:
+                raise ConfigError(
+                    f"{what}: guest {self._has_it!r} has interface {self.config.iface} for itself (passthru); remove "
+                    "it first, or use another --macvtap-mode"
+                )
             link = get_link(self.config.iface)
             macvtap.keep_address(self.changes, link.mac)
         mac = None if self._passthru else spec.mac
@@ -64,9 +70,10 @@ class MacvtapUplink:
         rtnl.change(index, f"{what}: macvtap {name} cannot be set up", state="up")
         macvtap.prepare_node(self.changes, index, who, what)
         self.changes.nic.note_side_effects()
+        self._has_it = spec.name if self._passthru else None
 
     def remove_guest(self, spec: GuestSpec) -> None:
-        pass
+        self._has_it = None
 
     def follow(self) -> None:
         pass  # the kernel keeps a macvtap's MTU within the NIC's

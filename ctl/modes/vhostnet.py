@@ -36,8 +36,8 @@ class VhostUplink(tapped.TapUplink):
         _require(None, f"interface {self.config.iface}")
         super().open()
         for entry in self.changes.journal.pending():  # a killed daemon's threads are pinned again below
-            if entry.kind == "vhost_pin":
-                self.changes.claim("vhost_pin", thread=entry.args["thread"])
+            thread = entry.args.get("thread")
+            if entry.kind == "vhost_pin" and self.changes.claim("vhost_pin", thread=thread) is not None:
                 self._pinned.add((int(entry.args["thread"]), str(entry.args["start"])))
 
     def add_guest(self, spec: GuestSpec) -> None:
@@ -47,8 +47,18 @@ class VhostUplink(tapped.TapUplink):
     def follow(self) -> None:
         super().follow()
         if self.config.pin_vhost:
+            self._forget_gone()
             for threads in self._threads().values():
                 self._pin(threads)
+
+    def _forget_gone(self) -> None:
+        """Threads end with their virtual machine, and then there is nothing to put back."""
+        for entry in self.changes.journal.pending():
+            if entry.kind == "vhost_pin":
+                key = int(entry.args["thread"]), str(entry.args["start"])
+                if key in self._pinned and vhostnet.start_time(key[0]) != key[1]:
+                    self.changes.forget(entry)
+                    self._pinned.discard(key)
 
     def _threads(self) -> dict[str, list[int]]:
         """vhost's threads by the tap that somebody has open."""

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from . import qemu, uml
+from .netns import Namespace
 from .process import Process, run, wait_for
 
 USER = GROUP = 65534  # nobody, nogroup
@@ -25,7 +26,8 @@ AS_USER = ("setpriv", "--reuid", str(USER), "--regid", str(GROUP), "--clear-grou
 class Libvirt:
     """A running session daemon; virsh() talks to it. close() leaves no domain running."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, namespace: Namespace | None = None) -> None:
+        """`namespace`: where virtual machines find the devices that they open."""
         directory.chmod(0o755)  # it has to be passed through
         self.directory = directory / "libvirt"
         self.runtime = self.directory / "run"
@@ -42,7 +44,9 @@ class Libvirt:
         names |= {"XDG_CACHE_HOME": "cache", "XDG_DATA_HOME": "data"}
         self.env = {key: str(self.directory / name) for key, name in names.items()}
         log = directory / "libvirtd.log"
-        self.process = Process([*AS_USER, "libvirtd"], log=log, name="libvirtd", env=self.env)
+        daemon = [*AS_USER, "libvirtd"]
+        command = daemon if namespace is None else namespace.argv(daemon)
+        self.process = Process(command, log=log, name="libvirtd", env=self.env)
         try:
             wait_for(self._answers, 20, "libvirtd to answer", interval=0.1)
         except BaseException:

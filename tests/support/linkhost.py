@@ -93,6 +93,7 @@ class LinkHost:
             for namespace in (self.nic, self.net):
                 namespace.run("sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
         world.veth(self.nic, "nic0", self.net, "net0")
+        wait_for(lambda: operstate(self.nic, "nic0") == "UP", 10, "the NIC")
 
     def up(self, mode: str, guests: Sequence[str] = (), options: Sequence[str] = (), **more: Any) -> Daemon:
         return Daemon(

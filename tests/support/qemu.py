@@ -31,6 +31,7 @@ from typing import Self
 
 from . import uml
 from .daemon import Daemon
+from .netns import Namespace
 from .process import Process, run, wait_for
 from .qmp import Qmp
 
@@ -89,7 +90,9 @@ class Qemu:
         cpus: int = 1,
         extra: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
+        namespace: Namespace | None = None,
     ) -> None:
+        """`namespace`: where it runs, for one that opens a tap; any does for one that connects to a socket."""
         self.name = name
         self.monitor = directory / f"{name}.qmp"
         self.monitor.unlink(missing_ok=True)
@@ -99,7 +102,10 @@ class Qemu:
         self.script.write_text(f"exec {shlex.join(argv)} \\\n{arguments}")
         self._qmp: Qmp | None = None
         log = directory / f"{name}-qemu.log"
-        self.process = Process(["sh", self.script], log=log, name=f"QEMU {name}", pass_fds=pass_fds)
+        command: list[str | os.PathLike[str]] = ["sh", self.script]
+        self.process = Process(
+            command if namespace is None else namespace.argv(command), log=log, name=f"QEMU {name}", pass_fds=pass_fds
+        )
 
     @property
     def qmp(self) -> Qmp:
@@ -261,6 +267,7 @@ class QemuLinux(uml.UmlGuest):
         cpus: int = 1,
         extra: Sequence[str] = (),
         identity: str = "",
+        namespace: Namespace | None = None,
     ) -> None:
         super().__init__(Path("its virtio-net device") if "-netdev" in arguments else None, name, directory=directory)
         self.arguments = arguments
@@ -269,6 +276,7 @@ class QemuLinux(uml.UmlGuest):
         self.cpus = cpus
         self.extra = tuple(extra)
         self.identity = identity or name
+        self.namespace = namespace
         self._qemu: Qemu | None = None
 
     @property
@@ -299,6 +307,7 @@ class QemuLinux(uml.UmlGuest):
                 cpus=self.cpus,
                 extra=extra,
                 pass_fds=(there.fileno(),),
+                namespace=self.namespace,
             )
         self._process = self._qemu.process
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from xdpvhost import trace
-from xdpvhost.errors import DaemonError, XdpvhostError
+from xdpvhost.errors import ConfigError, DaemonError, XdpvhostError
 from xdpvhost.trace import PROGRAM, RawEvent, Resolver, Status
 
 STATUS: dict[str, Any] = {
@@ -143,3 +143,8 @@ def test_where_bcc_wants_headers_it_says_which(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(trace.platform, "release", lambda: "6.1.0-23-amd64")
     with pytest.raises(XdpvhostError, match=r"apt install linux-headers-6\.1\.0-23-amd64"):
         trace.drops(lambda: STATUS, as_json=False, seconds=0.1)
+
+
+def test_modes_without_xdp_have_nothing_to_trace() -> None:
+    with pytest.raises(ConfigError, match=r"in mode macvtap no frame passes XDP; `xdpvhost stats`"):
+        Resolver(lambda: {**STATUS, "mode": "macvtap"})
