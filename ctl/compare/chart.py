@@ -31,9 +31,9 @@ def _text(x: float, y: float, kind: str, words: str) -> str:
 
 
 def _nice(limit: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is not below."""
+    """The smallest of 1, 2, 4, 6, 8 times a power of ten that is not below: a quarter of it is a round number."""
     power = 10.0 ** math.floor(math.log10(limit))
-    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= limit * (1 - 1e-9))
+    return next(step * power for step in (1, 2, 4, 6, 8, 10) if step * power >= limit * (1 - 1e-9))
 
 
 def _short(value: float) -> str:

@@ -7,7 +7,7 @@ from html import escape
 
 from . import chart, table
 from .model import Figure, ModeResult, Report
-from .plan import HIGH, LOW, TITLES, latency
+from .plan import HIGH, LOW, latency
 
 STYLE = """
 :root { --ink: #1f2328; --soft: #59636e; --paper: #ffffff; --panel: #f6f8fa; --line: #d1d9e0; --ours: #0b6bcb;
@@ -111,8 +111,7 @@ def _panel(column: table.Column, running: list[ModeResult]) -> str:
 def _latency(sheet: table.Sheet, running: list[ModeResult]) -> str:
     percentiles = [column for column in sheet.columns if column.metric.startswith("p")]
     rows = [(mode.title, [_figure(mode, column) for column in percentiles], _ours(mode)) for mode in running]
-    load = next(load for load in (LOW, HIGH) if percentiles[0].workload == latency(load))
-    title = f"p50, p99, p99.9 in µs, {TITLES[load]}; logarithmic"
+    title = "p50, p99, p99.9 from left to right, µs, logarithmic"
     plots = [f'<div class="panel"><h3>{escape(title)}</h3>{chart.dots(title, rows)}</div>']
     plots += [_panel(column, running) for column in sheet.columns if column not in percentiles]
     return "".join(plots)

@@ -28,6 +28,7 @@ from .modes import Mode
 from .plan import MAC, Cpus
 from .processes import Child, wait_until
 from .qtest import Machine, in_slot
+from .vhost_net import VhostNet, open_tap
 from .virtio_pci import VirtioPci
 from .world import World
 
@@ -80,6 +81,7 @@ class Scene:
         self._stack = ExitStack()
         self._pids: list[int] = []
         self._daemon: Path | None = None
+        self._workers: VhostNet | None = None
         try:
             self.memory = Memory()
             self._stack.callback(self.memory.close)
@@ -104,6 +106,14 @@ class Scene:
             case "e1000e":
                 self._up()
                 return E1000e(self.memory, self._machine())
+            case "vhost-net":
+                self._up()
+                tap = next(guest["device"] for guest in api.call(self.directory, "guest-list"))
+                with self.world.host.entered():
+                    device = VhostNet(self.memory, open_tap(tap), self.cpus.server)
+                self._pids = []
+                self._workers = device
+                return device
             case "testpmd":
                 return VhostUser(self.memory, self._testpmd())
             case other:
@@ -182,7 +192,7 @@ class Scene:
 
     def threads(self) -> list[int]:
         """Those that serve the guest; the NIC's own (World.threaded) come on top."""
-        return cost.threads_of(self._pids)
+        return cost.threads_of(self._pids) + (self._workers.threads if self._workers else [])
 
     def copied(self) -> tuple[int, int] | None:
         """Payload bytes that our data plane has copied, and delivered, so far; None where it isn't in use."""
