@@ -11,13 +11,13 @@ from types import TracebackType
 from typing import Self
 
 from ..errors import NicError
+from ..links import netlink
 from ..xdp.libbpf import BpfObject, check, libbpf
 from . import native
 from .world import Namespace
 
 ETHERTYPE = 0x88B5  # for experiments: nothing else uses it
 SOL_PACKET, PACKET_QDISC_BYPASS = 263, 20
-STRANGER = "02:00:00:00:00:99"
 
 
 def make_frame(destination: str, source: str, size: int) -> bytes:
@@ -46,7 +46,8 @@ class Network:
     def __init__(self, namespace: Namespace, iface: str) -> None:
         self.namespace, self.iface = namespace, iface
         with namespace.entered():
-            self.ifindex = socket.if_nametoindex(iface)
+            link = netlink.get_link(iface)
+        self.ifindex, self.mac = link.index, link.mac.hex(":")  # a card only takes frames that are for it
         self._stack = ExitStack()
         self._object = BpfObject(native.TRAFFIC)
         self._stack.callback(self._object.close)

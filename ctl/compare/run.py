@@ -89,6 +89,11 @@ def _one_scene(
     with World(plan.iface, plan.peer) as world, Network(world.net, world.peer) as network:
         try:
             scene = Scene(mode, world, where, cpus)
+            try:
+                world.wait_carrier()
+            except BaseException:
+                scene.close()
+                raise
         except (XdpvhostError, OSError) as exc:
             result.reason = reason_of(exc)
             return

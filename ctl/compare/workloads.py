@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from . import cost, native
 from .model import ModeResult
-from .network import STRANGER, Network, make_frame
+from .network import Network, make_frame
 from .plan import IDLE, IN, MAC, OUT, PROBE_SIZE, Cpus, latency, rate
 from .scene import Scene
 from .world import World
@@ -45,7 +45,7 @@ class Bench:
         """Frames a second from the network to the guest."""
         ring = self.scene.device.rx.ring
         job = self._job(ring)
-        alive = self.network.source(job, make_frame(MAC, STRANGER, size), live=self.world.own)
+        alive = self.network.source(job, make_frame(MAC, self.network.mac, size), live=self.world.own)
         with self.world.threaded(self.cpus.driver) as nic, self._measured(rate(IN, size), nic, ring) as measured:
             self._drive(job, WARM_UP)
             measured.begin(lambda: ring.done)
@@ -56,7 +56,7 @@ class Bench:
     def rate_out(self, size: int) -> None:
         """Frames a second from the guest to the network, counted where they arrive."""
         queue = self.scene.device.tx
-        queue.prepare(make_frame(STRANGER, MAC, size))
+        queue.prepare(make_frame(self.network.mac, MAC, size))
         job = self._job(queue.ring)
         with self.network.sink(), self.world.threaded(self.cpus.driver):
             with self._measured(rate(OUT, size), [], queue.ring) as measured:
@@ -88,7 +88,7 @@ class Bench:
     def round_trips(self, load: str, per_second: int) -> None:
         """Latencies in microseconds, from when a frame was due to when it was back."""
         device, workload = self.scene.device, latency(load)
-        frame = (ctypes.c_uint8 * PROBE_SIZE).from_buffer_copy(make_frame(MAC, STRANGER, PROBE_SIZE))
+        frame = (ctypes.c_uint8 * PROBE_SIZE).from_buffer_copy(make_frame(MAC, self.network.mac, PROBE_SIZE))
         buckets = (ctypes.c_uint64 * native.NR_BUCKETS)()
         wanted = native.Probe(
             rx=ctypes.addressof(device.rx.ring),

@@ -24,10 +24,12 @@ from pyroute2 import IPRoute
 from ..errors import NicError
 from ..links import ethtool, netlink
 from .cost import kernel_threads
+from .processes import wait_until
 
 CLONE_NEWNET = 0x40000000
 SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 430, 431, 432  # the same on every architecture
 FSCONFIG_CMD_CREATE = 6
+CARRIER = 15.0
 
 
 def _setns(fd: int) -> None:
@@ -148,6 +150,12 @@ class World:
         if not link.up:
             netlink.set_up(link.index, True)
             self._stack.callback(netlink.set_up, link.index, False)
+
+    def wait_carrier(self) -> None:
+        """Cards take a while to find their link, anew after each change of their set-up. Raises DaemonError."""
+        for namespace, name in ((self.host, self.iface), (self.net, self.peer)):
+            with namespace.entered():
+                wait_until(lambda name=name: ethtool.link_state(name).up, CARRIER, f"the link of {name}")  # type: ignore[misc]
 
     @contextmanager
     def threaded(self, cpus: set[int]) -> Iterator[list[int]]:
