@@ -67,7 +67,10 @@ MODES: tuple[Mode, ...] = (
         "NIC → bridge → tap → data plane → vhost-user",
         "vhost-user",
         ("--mode", "tap", "--serve", "vhost-user"),
-        {"in": "1 or 2, see counters", "out": "1 (kernel, from the guest's memory into an skb)"},
+        {
+            "in": "1 (kernel) and what the data plane counts",
+            "out": "1 (kernel, from the guest's memory into an skb)",
+        },
     ),
     Mode("tap", "tap, QEMU", "NIC → bridge → tap → QEMU → virtio", "virtio", ("--mode", "tap"), QEMU_COPIES),
     Mode(
