@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..errors import XdpvhostError
-from . import cost, modes, native
+from ..errors import DaemonError, XdpvhostError
+from . import cost, modes, native, tcp
 from .model import ModeResult, Report
 from .network import Network
-from .plan import HIGH, IDLE, IN, LOW, OUT, TITLES, Cpus, Plan, latency, rate
+from .plan import HIGH, IDLE, IN, LOW, OUT, TCP, TITLES, Cpus, Plan, latency, rate
 from .scene import Scene, new_directory, reason_of
 from .workloads import Bench
 from .world import World
@@ -51,7 +52,8 @@ def run(plan: Plan, command: str, progress: Progress) -> Report:
     }
     report.modes = list(results.values())
     todo = steps(plan)
-    total, done = plan.repeat * len(chosen) * len(todo), 0
+    each = len(todo) + plan.uml
+    total, done = plan.repeat * len(chosen) * each, 0
     cpus = Cpus.of_process()
     directory = Path(tempfile.mkdtemp(prefix="xvc-"))
     try:
@@ -59,7 +61,7 @@ def run(plan: Plan, command: str, progress: Progress) -> Report:
             for mode in chosen:
                 result = results[mode.name]
                 if result.reason:
-                    done += len(todo)
+                    done += each
                     continue
                 at = done
 
@@ -67,7 +69,10 @@ def run(plan: Plan, command: str, progress: Progress) -> Report:
                     progress(f"{turn + 1}/{plan.repeat} {title}: {what}", at + index, total)
 
                 _one_scene(plan, mode, result, todo, directory, cpus, tell)
-                done += len(todo)
+                if plan.uml and not result.reason:
+                    tell("TCP", len(todo))
+                    _tcp(plan, mode, result, directory, cpus)
+                done += each
         progress("done", total, total)
     finally:
         os.sched_setaffinity(0, cpus.all)
@@ -110,6 +115,21 @@ def _one_scene(
                         result.figure(workload, "rate", "frames/s").reason = reason_of(exc)
             finally:
                 os.sched_setaffinity(0, cpus.all)
+
+
+def _tcp(plan: Plan, mode: modes.Mode, result: ModeResult, directory: Path, cpus: Cpus) -> None:
+    where, image = new_directory(directory), directory / "guest.cpio"
+    try:
+        if mode.device not in ("vhost-user", "virtio", "vhost-net"):
+            raise DaemonError(f"User-Mode Linux has no device for {mode.title}")
+        if not image.exists():
+            tcp.initramfs(image)
+        with World(plan.iface, plan.peer) as world, Scene(mode, world, where, cpus, attach=False) as scene:
+            world.wait_carrier()
+            tcp.measure(scene, world, result, cpus, image, plan.seconds)
+    except (XdpvhostError, OSError, subprocess.SubprocessError) as exc:
+        for way in (OUT, IN):
+            result.figure(TCP, way, "Gb/s").reason = reason_of(exc)
 
 
 def _words(workload: str) -> str:

@@ -19,12 +19,14 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from .. import api
-from ..errors import DaemonError, XdpvhostError
+from ..errors import DaemonError
 from . import cost, native
 from .e1000 import E1000e
 from .frontend import VhostUser
 from .memory import Memory
 from .modes import Mode
+from .netdev import Netdev
+from .network import Network
 from .plan import MAC, Cpus
 from .processes import Child, wait_until
 from .qtest import Machine, in_slot
@@ -70,9 +72,12 @@ class Device(Protocol):
 
 
 class Scene:
-    """`with Scene(mode, world, directory, cpus) as scene:` with a device that has started, its receive ring full."""
+    """`with Scene(mode, world, directory, cpus) as scene:` with a device that has started, its receive ring full.
 
-    def __init__(self, mode: Mode, world: World, directory: Path, cpus: Cpus) -> None:
+    Without `attach` there is only what serves a guest, and no guest.
+    """
+
+    def __init__(self, mode: Mode, world: World, directory: Path, cpus: Cpus, attach: bool = True) -> None:
         self.mode = mode
         self.world = world
         self.directory = directory
@@ -82,13 +87,18 @@ class Scene:
         self._pids: list[int] = []
         self._daemon: Path | None = None
         self._workers: VhostNet | None = None
+        self.guest_network: Network | None = None  # where the guest is a device of this kernel
         try:
+            if not attach:
+                self._testpmd() if mode.device == "testpmd" else self._up()
+                return
             self.memory = Memory()
             self._stack.callback(self.memory.close)
             self.device = self._device()
             self._stack.callback(self.device.close)
             self.device.start()
-            native.offer(self.device.rx.ring, self.device.rx.room)
+            if self.device.rx.room:
+                native.offer(self.device.rx.ring, self.device.rx.room)
         except BaseException:
             self.close()
             raise
@@ -114,15 +124,22 @@ class Scene:
                 self._pids = []
                 self._workers = device
                 return device
+            case "netdev":
+                self._up(",to=netdev")
+                name = next(guest["device"] for guest in api.call(self.directory, "guest-list"))
+                self._pids = []
+                guest = Netdev(self.world.host, name)
+                self.guest_network = guest.network
+                return guest
             case "testpmd":
                 return VhostUser(self.memory, self._testpmd())
             case other:
                 raise DaemonError(f"this version has no synthetic guest for {other}")
 
-    def _up(self) -> None:
+    def _up(self, keys: str = "") -> None:
         """`xdpvhost up` with our guest."""
         argv = [sys.executable, "-m", "xdpvhost", "up", "--iface", self.world.iface, "--run-dir", str(self.directory)]
-        argv += ["--metrics", "none", "--guest", f"name={GUEST},mac={MAC}", *self.mode.options]
+        argv += ["--metrics", "none", "--guest", f"name={GUEST},mac={MAC}{keys}", *self.mode.options]
         with self.world.host.entered():
             child = Child(argv, self.directory / "up.log", cpus=self.cpus.server)
         self._stack.callback(child.close)
@@ -232,6 +249,6 @@ def new_directory(parent: Path) -> Path:
     return path
 
 
-def reason_of(error: XdpvhostError | OSError) -> str:
+def reason_of(error: Exception) -> str:
     """For a row: one line."""
     return " ".join(str(error).split())

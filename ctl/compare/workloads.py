@@ -12,7 +12,7 @@ import ctypes
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from . import cost, native
@@ -25,6 +25,7 @@ from .world import World
 WARM_UP = 0.15
 DRAIN = 2.0
 ENOUGH = 50  # frames; fewer are no rate
+UNSERVED = "nothing on this machine serves it that could be measured"
 _runs = itertools.count(1)  # tells a probe's frames from late ones of the probe before
 
 
@@ -43,37 +44,45 @@ class Bench:
 
     def rate_in(self, size: int) -> None:
         """Frames a second from the network to the guest."""
-        ring = self.scene.device.rx.ring
+        ring, guest = self.scene.device.rx.ring, self.scene.guest_network
         job = self._job(ring)
-        alive = self.network.source(job, make_frame(MAC, self.network.mac, size), live=self.world.own)
-        with self.world.threaded(self.cpus.driver) as nic, self._measured(rate(IN, size), nic, ring) as measured:
-            self._drive(job, WARM_UP)
-            measured.begin(lambda: ring.done)
-            self._drive(job, self.seconds)
-            measured.end()
+        mac = guest.mac if guest else MAC
+        alive = self.network.source(job, make_frame(mac, self.network.mac, size), live=self.world.own)
+        with guest.sink() if guest else nullcontext(), self.world.threaded(self.cpus.driver) as nic:
+            with self._measured(rate(IN, size), [] if guest else nic, ring) as measured:
+                self._drive(job, WARM_UP)
+                measured.begin(guest.received if guest else lambda: ring.done)
+                self._drive(job, self.seconds)
+                measured.end()
         del alive
 
     def rate_out(self, size: int) -> None:
         """Frames a second from the guest to the network, counted where they arrive."""
-        queue = self.scene.device.tx
-        queue.prepare(make_frame(self.network.mac, MAC, size))
+        queue, guest = self.scene.device.tx, self.scene.guest_network
         job = self._job(queue.ring)
+        frame = make_frame(self.network.mac, guest.mac if guest else MAC, size)
+        queue.prepare(frame)
+        alive = guest.source(job, frame, live=False) if guest else None
         with self.network.sink(), self.world.threaded(self.cpus.driver):
             with self._measured(rate(OUT, size), [], queue.ring) as measured:
-                native.offer(queue.ring, queue.room)
+                if queue.room:
+                    native.offer(queue.ring, queue.room)
                 self._drive(job, WARM_UP)
                 measured.begin(self.network.received)
                 self._drive(job, self.seconds)
                 measured.end()
             if left := native.drain(queue.ring, DRAIN):
                 raise OSError(0, f"{left} frames that the guest sent never came back")
+        del alive
 
     def _drive(self, job: native.Job, seconds: float) -> None:
         with self.network.namespace.entered():  # the kernel looks up the device of live frames in the caller's
             native.run(job, seconds)
 
     def _job(self, ring: native.Ring) -> native.Job:
-        return native.Job(rings=ctypes.addressof(ring), nr_rings=1, program_fd=-1, socket_fd=-1)
+        return native.Job(
+            rings=ctypes.addressof(ring), nr_rings=0 if self.scene.guest_network else 1, program_fd=-1, socket_fd=-1
+        )
 
     @contextmanager
     def _measured(self, workload: str, nic: list[int], ring: native.Ring) -> Iterator[_Measured]:
@@ -87,8 +96,9 @@ class Bench:
 
     def round_trips(self, load: str, per_second: int) -> None:
         """Latencies in microseconds, from when a frame was due to when it was back."""
-        device, workload = self.scene.device, latency(load)
-        frame = (ctypes.c_uint8 * PROBE_SIZE).from_buffer_copy(make_frame(MAC, self.network.mac, PROBE_SIZE))
+        device, workload, guest = self.scene.device, latency(load), self.scene.guest_network
+        mac = guest.mac if guest else MAC
+        frame = (ctypes.c_uint8 * PROBE_SIZE).from_buffer_copy(make_frame(mac, self.network.mac, PROBE_SIZE))
         buckets = (ctypes.c_uint64 * native.NR_BUCKETS)()
         wanted = native.Probe(
             rx=ctypes.addressof(device.rx.ring),
@@ -97,7 +107,7 @@ class Bench:
             buckets=ctypes.addressof(buckets),
             nr_buckets=len(buckets),
             socket_fd=self.network.socket.fileno(),
-            guest_fd=-1,
+            guest_fd=guest.socket.fileno() if guest else -1,
             frame_len=len(frame),
             run=next(_runs),
             frame=ctypes.addressof(frame),
@@ -131,13 +141,16 @@ class Bench:
             return
         for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)):
             figure(workload, name, "µs").add(native.percentile(buckets, share) / 1e3)
+        if not meter.threads:
+            figure(workload, "cpu", "%").reason = UNSERVED
+            return
         figure(workload, "cpu", "%").add(spent.nanoseconds / elapsed / 1e7)
         figure(workload, "switches", "1/frame").add(spent.switches / wanted.received)
         notified = device.rx.ring.kicks + device.tx.ring.kicks - kicks
         figure(workload, "kicks", "1/frame").add(notified / wanted.received)
         calls, interrupts = device.calls(), figure(workload, "interrupts", "1/frame")
         if calls is None:
-            interrupts.reason = "QEMU's interrupts can't be seen without a processor in the guest"
+            interrupts.reason = "a device of QEMU's or of this kernel: its interrupts can't be seen from here"
         else:
             interrupts.add(calls / wanted.received)
 
@@ -153,6 +166,9 @@ class Bench:
             spent, elapsed = meter.read() - before, time.monotonic() - started
         finally:
             meter.close()
+        if not meter.threads:
+            self.result.figure(IDLE, "cpu", "%").reason = UNSERVED
+            return
         self.result.figure(IDLE, "cpu", "%").add(spent.nanoseconds / elapsed / 1e7)
         self.result.figure(IDLE, "switches", "1/s").add(spent.switches / elapsed)
 
@@ -182,6 +198,9 @@ class _Measured:
             return
         figure(workload, "rate", "frames/s").add(count / elapsed)
         cycles, instructions = figure(workload, "cycles", "1/frame"), figure(workload, "instructions", "1/frame")
+        if not self._meter.threads:
+            cycles.reason = instructions.reason = UNSERVED
+            return
         cycles.add(spent.nanoseconds * native.tsc_hz() / 1e9 / count)
         if spent.instructions is not None:
             instructions.add(spent.instructions / count)

@@ -25,18 +25,19 @@ import select
 import shlex
 import shutil
 import socket
-import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from xdpvhost.compare import cpio
+from xdpvhost.errors import DaemonError
+
 from .netns import Namespace
 from .process import Process, WaitTimeout, run
 
-KERNEL = Path("/usr/bin/linux.uml")
-MODULE_ROOT = Path("/usr/lib/uml/modules")
+KERNEL = cpio.KERNEL
 MODULES = ("virtio_net", "ipv6")
 PROGRAMS = ("dash", "iperf3", "ethtool", "ip", "ping")
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
@@ -79,70 +80,18 @@ class GuestError(AssertionError):
 
 
 def module_files(names: Sequence[str] = MODULES) -> list[Path]:
-    """The modules' files with all they depend on, in the order in which to insert them (modules.dep is reversed)."""
-    versions = sorted(MODULE_ROOT.iterdir()) if MODULE_ROOT.is_dir() else []
-    if not KERNEL.exists() or not versions:
-        raise GuestError("User-Mode Linux is not installed: run scripts/setup (Debian package user-mode-linux)")
-    root = versions[-1]
-    needs: dict[str, list[str]] = {}
-    for line in (root / "modules.dep").read_text().splitlines():
-        module, _, dependencies = line.partition(":")
-        needs[module] = dependencies.split()
-    ordered: list[str] = []
-    for name in names:
-        path = next((m for m in needs if m.rpartition("/")[2].split(".ko")[0] == name), None)
-        if path is None:
-            continue  # built into this kernel
-        ordered += [m for m in [*reversed(needs[path]), path] if m not in ordered]
-    return [root / m for m in ordered]
+    """The modules' files with all they depend on, in the order in which to insert them."""
+    try:
+        return cpio.module_files(names)
+    except DaemonError as error:
+        raise GuestError(f"{error}: run scripts/setup") from error
 
 
 def _libraries(program: str) -> list[str]:
-    lines = run(["ldd", program]).stdout.splitlines()
-    words = [line.split("=>")[-1].split()[0] for line in lines if "/" in line]
-    found = [w for w in words if w.startswith("/")]
-    # glibc loads it by itself when a thread is cancelled; iperf3 does that.
-    found += [str(Path(w).with_name("libgcc_s.so.1")) for w in found if Path(w).name == "libc.so.6"]
-    return found
+    return [str(path) for path in cpio.libraries(Path(program))]
 
 
-class _Cpio:
-    """A cpio archive in the "newc" format, which the kernel unpacks as its first file system."""
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-        self.inode = 0
-        self.folders: set[str] = set()
-
-    def _add(self, name: str, mode: int, body: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
-        self.inode += 1
-        raw = name.encode() + b"\0"
-        fields = (self.inode, mode, 0, 0, 1, 0, len(body), 0, 0, *device, len(raw), 0)
-        self.data += b"070701" + b"".join(b"%08X" % f for f in fields) + raw
-        self.data += b"\0" * (-len(self.data) % 4) + body
-        self.data += b"\0" * (-len(self.data) % 4)
-
-    def folder(self, name: str) -> None:
-        if name and name not in self.folders:
-            self.folder(name.rpartition("/")[0])
-            self.folders.add(name)
-            self._add(name, stat.S_IFDIR | 0o755)
-
-    def file(self, name: str, body: bytes, mode: int = 0o755) -> None:
-        self.folder(name.rpartition("/")[0])
-        self._add(name, stat.S_IFREG | mode, body)
-
-    def link(self, name: str, target: str) -> None:
-        self.folder(name.rpartition("/")[0])
-        self._add(name, stat.S_IFLNK | 0o777, target.encode())
-
-    def console(self) -> None:
-        self.folder("dev")
-        self._add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
-
-    def finish(self) -> bytes:
-        self._add("TRAILER!!!", 0)
-        return bytes(self.data)
+_Cpio = cpio.Cpio
 
 
 def _program(name: str) -> str:
@@ -183,39 +132,39 @@ def initramfs(programs: Sequence[str] = PROGRAMS) -> Path:
     if image.exists():
         return image
 
-    cpio = _Cpio()
+    archive = _Cpio()
     for name in ("proc", "sys", "tmp", "run", "etc", "root", "var"):
-        cpio.folder(name)
-    cpio.console()
-    cpio.file("init", _INIT.encode())
-    cpio.file("usr/share/udhcpc/default.script", _UDHCPC.encode())
-    cpio.file("etc/udhcpc/default.script", _UDHCPC.encode())
-    cpio.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n", 0o644)
-    cpio.file("etc/group", b"root:x:0:\n", 0o644)
-    cpio.file("bin/busybox", Path(busybox).read_bytes())
+        archive.folder(name)
+    archive.console()
+    archive.file("init", _INIT.encode())
+    archive.file("usr/share/udhcpc/default.script", _UDHCPC.encode())
+    archive.file("etc/udhcpc/default.script", _UDHCPC.encode())
+    archive.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n", 0o644)
+    archive.file("etc/group", b"root:x:0:\n", 0o644)
+    archive.file("bin/busybox", Path(busybox).read_bytes())
     for applet in run([busybox, "--list"]).stdout.split():
         if applet not in ("busybox", "sh", *paths):
-            cpio.link(f"bin/{applet}", "busybox")
-    cpio.link("bin/sh", "dash")  # busybox's own shell would run its applets instead of the programs below
+            archive.link(f"bin/{applet}", "busybox")
+    archive.link("bin/sh", "dash")  # busybox's own shell would run its applets instead of the programs below
     libraries: set[str] = set()
     for name, path in paths.items():
-        cpio.file(f"bin/{name}", Path(path).read_bytes())
+        archive.file(f"bin/{name}", Path(path).read_bytes())
         libraries.update(_libraries(path))
     for library in sorted(libraries):
-        cpio.file(library.lstrip("/"), Path(library).read_bytes())
+        archive.file(library.lstrip("/"), Path(library).read_bytes())
     order = []
     for module in modules:
         body = module.read_bytes()
         name = module.name.split(".ko")[0] + ".ko"
-        cpio.file(f"modules/{name}", lzma.decompress(body) if module.suffix == ".xz" else body, 0o644)
+        archive.file(f"modules/{name}", lzma.decompress(body) if module.suffix == ".xz" else body, 0o644)
         order.append(name)
-    cpio.file("modules/order", "\n".join(order).encode(), 0o644)
+    archive.file("modules/order", "\n".join(order).encode(), 0o644)
 
     CACHE.mkdir(exist_ok=True)
     for old in CACHE.glob("guest-*.cpio"):
         old.unlink(missing_ok=True)
     temporary = image.with_suffix(f".{os.getpid()}")
-    temporary.write_bytes(cpio.finish())
+    temporary.write_bytes(archive.finish())
     temporary.rename(image)
     return image
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.process import Process, run, wait_for
-from xdpvhost.compare.plan import HIGH, IDLE, IN, LOW, OUT, latency, rate
+from xdpvhost.compare.plan import HIGH, IDLE, IN, LOW, OUT, TCP, latency, rate
 
 PROGRAM = Path(__file__).resolve().parents[2] / ".venv" / "bin" / "xdpvhost"
 
@@ -36,13 +36,13 @@ def processes_of(word: str) -> list[str]:
     return found
 
 
-def compare(directory: Path, *modes: str) -> dict[str, dict[str, object]]:
+def compare(directory: Path, *modes: str, uml: bool = False) -> dict[str, dict[str, object]]:
     """The rows by name."""
     out = directory / "result.json"
     options = [word for mode in modes for word in ("--mode", mode)]
     options += ["--seconds", "0.2", "--repeat", "1", "--size", "64", "--size", "1500", "--load", "500", "5000"]
     options += ["--json", str(out), "--html", str(directory / "page.html"), "--markdown", str(directory / "t.md")]
-    done = run([PROGRAM, "compare", *options], timeout=120)
+    done = run([PROGRAM, "compare", *options, *(["--uml"] if uml else [])], timeout=120)
     assert "million frames a second" in done.stdout
     assert (directory / "page.html").stat().st_size > 5000
     return {row["mode"]: row for row in json.loads(out.read_bytes())["modes"]}
@@ -68,6 +68,25 @@ def test_xdp_and_none(tmp_path: Path) -> None:
             assert times == sorted(times)
             assert times[0] > 1
         assert float(str(figures[IDLE]["cpu"]["median"])) < 60
+
+
+def test_modes_that_qemu_serves(tmp_path: Path) -> None:
+    before = footprint()
+    rows = compare(tmp_path, "tap", "macvtap", "emulated", "tap-vhost-user")
+    assert footprint() == before
+    for name, row in rows.items():
+        assert "reason" not in row, f"{name}: {row.get('reason')}"
+        figures: dict[str, dict[str, dict[str, object]]] = row["figures"]  # type: ignore[assignment]
+        for workload in (rate(IN, 64), rate(OUT, 1500)):
+            assert float(str(figures[workload]["rate"].get("median", 0))) > 500, (name, workload, figures[workload])
+        assert float(str(figures[latency(LOW)]["lost"]["median"])) < 50, (name, figures[latency(LOW)])
+
+
+def test_tcp_of_a_linux_guest(tmp_path: Path) -> None:
+    rows = compare(tmp_path, "xdp-none", uml=True)
+    figures: dict[str, dict[str, dict[str, object]]] = rows["xdp-none"]["figures"]  # type: ignore[assignment]
+    for way in (IN, OUT):
+        assert float(str(figures[TCP][way].get("median", 0))) > 0.01, figures[TCP]
 
 
 def test_a_mode_that_cannot_run_says_why(tmp_path: Path) -> None:
