@@ -138,7 +138,7 @@ def main(verbose: bool) -> None:
 )
 @click.option("--bridge", metavar="NAME", help="tap, vhost-net, emulated: the bridge to use. [default: one is made]")
 @click.option("--routed", is_flag=True, help="tap, vhost-net, emulated: route to each guest's address, no bridge.")
-@click.option("--force", is_flag=True, help="Even if the interface has addresses, a route or a bridge: they move.")
+@click.option("--force", is_flag=True, help="Even if the NIC is in use: what it has moves (vf: is replaced).")
 @click.option(
     "--macvtap-mode",
     type=click.Choice(config.MACVTAP_CHOICES),
@@ -147,6 +147,12 @@ def main(verbose: bool) -> None:
     help="macvtap: whom guests reach.",
 )
 @click.option("--pin-vhost", metavar="CPUS", help="vhost-net: where its kernel threads run, like 2,4-6.")
+@click.option(
+    "--vfs",
+    type=click.IntRange(1, 65535),
+    metavar="N",
+    help="vf: how many the card has. [default: as many as it has already, else one a guest]",
+)
 @click.pass_context
 def up(
     context: click.Context,
@@ -165,6 +171,7 @@ def up(
     force: bool,
     macvtap_mode: config.MacvtapMode,
     pin_vhost: str | None,
+    vfs: int | None,
 ) -> None:
     """Serve guests on an interface, in the foreground, until SIGTERM, SIGINT or `down`.
 
@@ -189,6 +196,7 @@ def up(
         force=force,
         macvtap_mode=macvtap_mode,
         pin_vhost=config.parse_cpus(pin_vhost) if pin_vhost else (),
+        vfs=vfs,
     )
     from . import daemon
     from .service import service_for

@@ -54,7 +54,18 @@ MODE_KEYS: dict[Mode, dict[str, str]] = {
     "tap": {**_TAP_KEYS, "socket": "PATH", "socket-mode": "server|client", "mac-change": "deny|allow"},
     "vhost-net": _TAP_KEYS,
     "macvtap": _NODE_KEYS,
-    "vf": {},
+    "vf": {
+        "vf": "N",
+        "to": "vfio|netdev|netns:NAME",
+        "vlan": "N",
+        "qos": "N",
+        "vlan-protocol": "802.1Q|802.1ad",
+        "spoof-check": "on|off",
+        "trust": "on|off",
+        "min-rate": "MBIT",
+        "max-rate": "MBIT",
+        "link": "auto|enable|disable",
+    },
     "emulated": _TAP_KEYS,
 }
 
@@ -68,9 +79,10 @@ OPTION_MODES: dict[str, tuple[Mode, ...]] = {
     "serve": ("tap",),
     "bridge": _BRIDGED,
     "routed": _BRIDGED,
-    "force": (*_BRIDGED, "macvtap"),
+    "force": (*_BRIDGED, "macvtap", "vf"),
     "macvtap_mode": ("macvtap",),
     "pin_vhost": ("vhost-net",),
+    "vfs": ("vf",),
 }
 
 _NO_WISHES = frozenset({"force", "guests"})
@@ -129,6 +141,7 @@ class UpConfig:
     force: bool = False  # not a wish: it says that breaking the NIC's present use is meant
     macvtap_mode: MacvtapMode = "bridge"
     pin_vhost: tuple[int, ...] = ()  # CPUs
+    vfs: int | None = None  # None: those that there are, or one a guest
 
 
 def format_mac(mac: bytes) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import DaemonError, NicError
 from ..rundir import InterfaceLock
-from . import addresses, bridge, ethtool, macvtap, proxy, sysctl, tap, vhostnet
+from . import addresses, bridge, ethtool, macvtap, proxy, sriov, sysctl, tap, vhostnet
 from .journal import Undo
 from .netlink import Namespace, boot_id, get_link, link_name, set_up
 
@@ -29,7 +29,7 @@ def handlers(held: int | None = None) -> dict[str, Undo]:
     """`held`: the index of the interface whose lock the caller has."""
     # Changes to an interface, which are gone when it is. The handler gets its present name.
     on_it = {"link_up": _link_up, "features": _features, "channels": _channels, "xdp": _xdp}
-    on_it |= {"addresses": addresses.undo, "mac": macvtap.undo_address}
+    on_it |= {"addresses": addresses.undo, "mac": macvtap.undo_address} | _of_vfs()
     # Changes to the host for the sake of an interface, which stay when it goes. The handler gets None then.
     beside_it: dict[str, Beside] = {
         "wishes": _wishes,
@@ -44,6 +44,15 @@ def handlers(held: int | None = None) -> dict[str, Undo]:
     }
     kinds = {kind: _or_gone(change) for kind, change in on_it.items()} | beside_it
     return {kind: partial(_undo, held, change) for kind, change in kinds.items()}
+
+
+def _of_vfs() -> dict[str, Callable[[str, Mapping[str, Any]], str]]:
+    return {
+        "sriov_numvfs": sriov.undo_count,
+        "vf_settings": sriov.undo_settings,
+        "vf_driver": sriov.undo_driver,
+        "vf_netns": sriov.undo_netns,
+    }
 
 
 def _or_gone(change: Callable[[str, Mapping[str, Any]], str]) -> Beside:

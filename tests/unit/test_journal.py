@@ -172,4 +172,5 @@ def test_only_its_owner_reads_it(path: Path, host: Host) -> None:
 def test_every_kind_has_a_handler() -> None:
     """Of NICs that the data plane serves, and of the modes of links."""
     links = {"wishes", "tap", "bridge", "port", "addresses", "macvtap", "node", "mac", "proxy", "sysctl", "vhost_pin"}
-    assert set(handlers()) >= {"link_up", "features", "channels", "xdp"} | links
+    vfs = {"sriov_numvfs", "vf_settings", "vf_driver", "vf_netns"}
+    assert set(handlers()) >= {"link_up", "features", "channels", "xdp"} | links | vfs
