@@ -159,10 +159,18 @@ def create(
 
     Whoever announced `identity` deletes it when this fails.
     """
-    request(
-        f"{what}: cannot be made",
-        lambda ip: ip.link("add", ifname=identity.temporary, kind=kind, **attributes),
-    )
+    try:
+        request(
+            f"{what}: cannot be made",
+            lambda ip: ip.link("add", ifname=identity.temporary, kind=kind, **attributes),
+        )
+    except NicError as exc:
+        if isinstance(exc.__cause__, NetlinkError) and exc.__cause__.code == errno.EOPNOTSUPP:
+            raise NicError(
+                f"{what}: cannot be made: the kernel's module {kind} is not loaded, or this kernel has none; "
+                f"`modprobe {kind}` (CONFIG_{kind.upper()})"
+            ) from exc
+        raise
     index = index_of(identity.temporary)
     if index is None:
         raise NicError(f"{what}: it was deleted as soon as it was made; try again")

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
+from support.daemon import PROGRAM
 from support.frames import PacketSocket, udp_frame
 from support.linkhost import LinkHost, OpenTap, operstate
 from support.netns import World
@@ -92,6 +94,40 @@ def test_several_queues_and_an_owner(host: LinkHost) -> None:
         two.close()
         assert "fds=3:4" in daemon.cli("qemu-args", "vm1")
         daemon.down()
+
+
+# A /dev as a container has it: a tmpfs with a few nodes, where the kernel puts no new ones.
+BARE_DEV = """
+set -e
+keep=$(mktemp -d)
+mount --bind /dev "$keep"
+mount -t tmpfs -o size=64k none /dev
+mkdir /dev/net
+for node in null urandom net/tun; do touch "/dev/$node"; mount --bind "$keep/$node" "/dev/$node"; done
+umount -l "$keep"
+rmdir "$keep"
+exec "$@"
+"""
+
+
+def test_without_a_devtmpfs_the_node_is_made(host: LinkHost) -> None:
+    before = host.state()
+    up = [str(PROGRAM), "up", "--iface", "nic0", "--mode", "macvtap", "--metrics", "none"]
+    command = ["unshare", "--mount", "--", "sh", "-c", BARE_DEV, "sh", *up, "--guest", f"{VM1},group=4711"]
+    process = host.nic.start(*command, "--run-dir", str(host.run_dir), own_sysfs=True)
+    try:
+        process.wait_line(r"\bready: ", 20)
+        (guest,) = json.loads(host.cli("guest", "list", "--json", "--run-dir", host.run_dir).stdout)
+        node = Path(f"/proc/{process.pid}/root{guest['node']}")
+        found = node.stat()
+        assert (stat.S_ISCHR(found.st_mode), stat.S_IMODE(found.st_mode), found.st_gid) == (True, 0o660, 4711)
+        with OpenTap(host.nic, "tap-vm1", node=str(node)) as tap:
+            both_ways(host, tap, MAC1)
+    finally:
+        process.close(grace=10)
+    assert f"{guest['node']}: is gone" not in process.log()
+    assert "nic0 is as it was" in process.log()
+    host.wait_as(before)
 
 
 def test_after_kill_9(host: LinkHost) -> None:

@@ -327,6 +327,42 @@ def test_routed(world: World) -> None:
     host.wait_as(before)
 
 
+def test_routed_ipv6(world: World) -> None:
+    """Only on a host that routes IPv6 already, and there the NIC answers for the guest."""
+    host = addressed(world)
+    host.net.ip("addr", "add", "2001:db8::1/64", "dev", "net0", "nodad")
+    arguments = ["--mode", "tap", "--routed", "--guest", f"{VM1},address=2001:db8::11"]
+    before = host.state()
+    assert "this host routes no IPv6; `sysctl net.ipv6.conf.all.forwarding=1`" in host.refused(*arguments, status=3)
+    host.wait_as(before)
+    host.nic.run("sysctl", "-qw", "net.ipv6.conf.all.forwarding=1")
+    before = host.state()
+    with host.up("tap", [f"{VM1},address=2001:db8::11+192.0.2.11"], ["--routed"]) as daemon:
+        assert daemon.guest("vm1")["addresses"] == ["2001:db8::11", "192.0.2.11"]
+        with OpenTap(host.nic, "tap-vm1") as tap:
+
+            def asked() -> bool:
+                host.net.run("ping", "-c1", "-W1", "2001:db8::11", check=False)
+                target = bytes.fromhex("20010db8000000000000000000000011")
+                return any(frame[54] == 135 and frame[62:78] == target for frame in tap.collect() if len(frame) >= 78)
+
+            wait_for(asked, 15, "the host to look for the guest on its tap")
+            (neighbour,) = host.net.json("ip", "-j", "neigh", "show", "2001:db8::11")
+            assert neighbour["lladdr"] == host.nic.mac("nic0")
+        daemon.down()
+    host.wait_as(before)
+
+
+def test_a_route_that_is_taken(world: World) -> None:
+    host = addressed(world)
+    before = host.state()
+    host.nic.ip("route", "add", "192.0.2.11/32", "dev", "lo")
+    words = host.refused("--mode", "tap", "--routed", "--guest", f"{VM1},address=192.0.2.11", status=3)
+    assert "this host has a route to 192.0.2.11 already" in words
+    host.nic.ip("route", "del", "192.0.2.11/32")
+    host.wait_as(before)
+
+
 def _is_udp(frame: bytes) -> bool:
     return frame[12:14] == b"\x08\x00" and frame[23] == 17 and frame[30:34] == bytes([192, 0, 2, 11])
 
