@@ -35,7 +35,7 @@ from .virtio_pci import VirtioPci
 from .world import World
 
 GUEST = "vm1"
-READY = 30.0
+READY = 90.0  # an emulated machine takes its time
 TESTPMD = "dpdk-testpmd"
 DELIVERED = ("xdpvhost_guest_rx_bytes_total", "xdpvhost_xsk_transmit_bytes_total", "xdpvhost_tap_transmit_bytes_total")
 
