@@ -14,7 +14,7 @@ from html import escape
 
 from .model import Figure
 
-WIDTH, LEFT, RIGHT, ROW, TOP, BOTTOM = 440, 132, 62, 24, 6, 22
+WIDTH, LEFT, RIGHT, ROW, TOP, BOTTOM = 450, 144, 62, 24, 6, 22
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ MODES: tuple[Mode, ...] = (
     Mode(
         "vf",
         "SR-IOV VF",
-        "NIC's own switch → VF; here its netdev in a namespace is the guest",
+        "NIC's own switch → VF; its netdev, with packet sockets, is the guest",
         "netdev",
         ("--mode", "vf"),
         {"in": "0 (the card writes into the guest)", "out": "0 (the card reads from the guest)"},

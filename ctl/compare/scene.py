@@ -147,7 +147,7 @@ class Scene:
         self._pids.append(child.pid)
         self._daemon = self.directory
         for nic in api.call(self.directory, "status").get("nics", []):
-            for key, value in nic.items():
+            for key, value in nic.get("facts", nic).items():
                 if key.endswith("_in_use") and isinstance(value, str):
                     self.facts[key.removesuffix("_in_use")] = value
 
