@@ -21,6 +21,7 @@ from . import modules
 from .pci import SYS, Function, Lacking, read
 
 DRIVER = "vfio-pci"
+BACKEND = "vfio_iommu_type1"
 NOIOMMU = "vfio-noiommu"  # the name of groups that vfio makes where there is no IOMMU
 DEV = Path("/dev")
 
@@ -47,10 +48,14 @@ def check_iommu(sys: Path = SYS) -> None:
 
 
 def check_driver(sys: Path = SYS, modules_in: Path | None = None) -> None:
-    """Raises Lacking when vfio-pci isn't there, and says how to get it."""
+    """Raises Lacking when vfio-pci, or what connects it to the IOMMU, isn't there, and says how to get it."""
     if not (sys / "bus/pci/drivers" / DRIVER).is_dir():
         remedy = modules.remedy(DRIVER, "CONFIG_VFIO_PCI", sys, modules_in)
         raise Lacking(f"driver {DRIVER} is not loaded", remedy)
+    # QEMU says "No available IOMMU models" without; either will do.
+    if all(modules.state(name, sys, modules_in) != "loaded" for name in (BACKEND, "iommufd")):
+        remedy = modules.remedy(BACKEND, "CONFIG_VFIO_IOMMU_TYPE1", sys, modules_in)
+        raise Lacking(f"module {BACKEND} is not loaded", remedy)
 
 
 def check_group(function: Function) -> None:

@@ -103,7 +103,8 @@ def host() -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _driver() -> None:
-    run(["modprobe", "igbvf"])
+    for module in ("igbvf", "vfio_iommu_type1"):
+        run(["modprobe", module])
     set_up(get_link("wire0").index, True)
 
 

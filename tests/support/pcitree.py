@@ -14,7 +14,7 @@ class PciTree:
         (root / "bus/pci/devices").mkdir(parents=True)
         (root / "bus/pci/drivers").mkdir()
         (root / "kernel/iommu_groups").mkdir(parents=True)
-        (root / "module").mkdir()
+        (root / "module/vfio_iommu_type1").mkdir(parents=True)
 
     def function(
         self, address: str, *, driver: str | None = None, group: int | None = None, kind: int = 0x020000

@@ -65,6 +65,16 @@ def test_driver_missing(tree: PciTree, tmp_path: Path) -> None:
             vfio.check_driver(tree.root, directory)
 
 
+def test_what_connects_it_to_the_iommu(tree: PciTree, tmp_path: Path) -> None:
+    tree.driver("vfio-pci")
+    (tree.root / "module/vfio_iommu_type1").rmdir()
+    (tmp_path / "modules.dep").write_text("kernel/drivers/vfio/vfio_iommu_type1.ko: kernel/drivers/vfio/vfio.ko\n")
+    with pytest.raises(Lacking, match=r"module vfio_iommu_type1 is not loaded: `modprobe vfio_iommu_type1`$"):
+        vfio.check_driver(tree.root, tmp_path)
+    (tree.root / "module/iommufd").mkdir()
+    vfio.check_driver(tree.root, tmp_path)
+
+
 def test_module_states(tree: PciTree, tmp_path: Path) -> None:
     (tmp_path / "modules.builtin").write_text("kernel/drivers/net/tun.ko\n")
     (tmp_path / "modules.dep").write_text("kernel/drivers/vhost/vhost_net.ko: kernel/drivers/net/tap.ko\n")
