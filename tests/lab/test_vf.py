@@ -274,6 +274,19 @@ def test_a_vf_that_a_virtual_machine_has(directory: Path) -> None:
     assert all(item.ok for item in up.journal.replay_undo())
 
 
+def test_qemu_takes_what_is_printed(directory: Path) -> None:
+    """It is stopped before the first instruction: it has the VF then."""
+    with Up(directory, f"name=vm1,mac={mac(1)}") as up:
+        printed = MODE.qemu(up.service.guests[0], DEFAULT_DEVICE, up.facts("vm1")).args
+        fixed = ["-machine", "q35", "-accel", "tcg", "-m", "64M", "-nodefaults", "-display", "none", "-S"]
+        with Process(["qemu-system-x86_64", *fixed, *printed], log=directory / "qemu.log") as machine:
+            wait_for(lambda: up.facts("vm1")["connected"] or not machine.running, 60, "QEMU to open the VF")
+            assert machine.running, machine.log()
+            assert up.facts("vm1")["held_by"] == [f"qemu-system-x86, pid {machine.pid}"]
+            with pytest.raises(NicError, match="a virtual machine has its VF 0"):
+                up.remove("vm1")
+
+
 def test_vfs_that_are_there_already(directory: Path, box: str) -> None:
     """They are used and stay; what somebody uses isn't; another number needs --force, and is undone."""
     card().set_count(2)
