@@ -31,6 +31,7 @@ from .netlink import Link, Namespace, boot_id, get_link, set_up
 log = logging.getLogger(__name__)
 
 ADOPTED = frozenset({"link_up", "features"})
+JOINING = "rx-gro"
 VLAN_PARSING = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
 
 SOL_PACKET = 263
@@ -94,6 +95,22 @@ class NicPrep:
         if any(now[name].active for name in active):
             self.warnings.append(
                 "the NIC takes VLAN tags out of frames and can't be told not to: VLANs can't be told apart"
+            )
+
+    def keep_frames_apart(self) -> None:
+        """For a generic program: the kernel's GRO joins frames before it, and sockets hold frames of the MTU's size.
+
+        To be called between `expect_side_effects` and `note_side_effects`, which have it undone.
+        """
+        gro = ethtool.features(self.link.name).get(JOINING)
+        if gro is not None and gro.active and gro.changeable:
+            ethtool.set_features(self.link.name, {JOINING: False})
+        elif gro is not None and gro.active:
+            self.warnings.append("generic XDP, and GRO can't be switched off: frames that it joins are lost")
+        if self.link.local_stack:
+            self.warnings.append(
+                "generic XDP: frames that a sender on this machine leaves to be cut (TSO) are lost: use native mode or "
+                "`--xdp-mode none`, or `ethtool -K PEER tso off gso off` at the other end"
             )
 
     def set_queues(self, count: int | None) -> int:

@@ -223,6 +223,8 @@ class Nic:
         self._program = program
         if program.native_refusal is not None:
             prep.warnings.append(f"generic XDP is slower; {program.native_refusal}")
+        if program.mode == "generic":
+            prep.keep_frames_apart()
 
     def _detach(self, prep: NicPrep, entry: Entry, program: SteerProgram) -> None:
         """What can't be detached stays in the journal, and `prep` tries once more."""

@@ -24,6 +24,7 @@ from support.process import run, wait_for
 from xdpvhost import privileges
 from xdpvhost.datapath import NICQ_TX_CSUM
 from xdpvhost.errors import NicError, PrivilegeError
+from xdpvhost.links.ethtool import features
 from xdpvhost.links.journal import Journal
 from xdpvhost.links.netdev import DeviceFeatures, XdpFeatures, XskFeatures
 from xdpvhost.links.nicprep import ADOPTED, AddressFilter, adoptable, prepare
@@ -47,6 +48,7 @@ SECOND_PROGRAM = """
 import sys, time
 from pathlib import Path
 from support.fake_datapath import FakeDatapath
+from xdpvhost.links.ethtool import features
 from xdpvhost.links.journal import Journal
 from xdpvhost.links.netdev import DeviceFeatures, XdpFeatures, XskFeatures
 from xdpvhost.xdp.nic import Nic, NicOptions
@@ -133,16 +135,21 @@ def verdicts(nic: Nic, slot: int | None) -> dict[str, int]:
 
 @pytest.mark.parametrize("mode", ["native", "generic"])
 def test_close_gives_the_nic_back(pair: Pair, mode: str) -> None:
+    """A generic program would see what GRO has joined, and whole what a local sender leaves to be cut."""
+    pair.host.run("ethtool", "-K", NIC, "gro", "on")
     before = pair.snapshot()
     with pair.host.entered():
+        assert features(NIC)["rx-gro"].active
         nic = pair.open(xdp_mode=mode)
         add(nic, 0, MAC1)
         add(nic, 1, MAC2)
         assert pair.snapshot() != before
         assert nic.facts.xdp_in_use == mode
-        assert not nic.facts.warnings
+        assert features(NIC)["rx-gro"].active == (mode == "native")
+        assert ["(TSO) are lost" in warning for warning in nic.facts.warnings] == ([] if mode == "native" else [True])
         nic.close()
         nic.close()
+        assert features(NIC)["rx-gro"].active
     assert pair.snapshot() == before
     assert all(thing.closed for thing in pair.dp.made)
     assert not pair.journal.path.exists()
