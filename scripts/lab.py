@@ -6,6 +6,8 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,23 +25,40 @@ def write(data: bytes) -> None:
 
 
 def test(kinds: list[machine.Kind], arguments: list[str], out: Path, timeout: float) -> int:
-    """pytest on tests/lab, once a kind of machine; each test says on which it runs (tests/lab/conftest.py)."""
+    """pytest on tests/lab, on all kinds of machine at once; each test says on which it runs (tests/lab/conftest.py).
+
+    The first one's output is shown as it comes, the others' when they are done.
+    """
     paths = [] if any(Path(a.split("::")[0]).exists() for a in arguments) else ["tests/lab"]
-    worst, ran = 0, False
-    for kind in kinds:
+    # Nothing is looked up that the lab's tests don't need: an emulated processor starts Python slowly.
+    words = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+
+    def one(kind: machine.Kind, output: Callable[[bytes], object]) -> int:
         begin = time.monotonic()
-        print(f"lab: machine {kind.name}", flush=True)
-        # Nothing is looked up that the lab's tests don't need: an emulated processor starts Python slowly.
-        words = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--junitxml", f"/lab/out/junit-{kind.name}.xml"]
-        command = shlex.join([".venv/bin/python", "-m", "pytest", *words, *paths, *arguments])
-        status = machine.run(kind, command, out=out, timeout=timeout, output=write)
-        print(f"lab: machine {kind.name}: exit status {status} after {time.monotonic() - begin:.0f} s", flush=True)
+        junit = ["--junitxml", f"/lab/out/junit-{kind.name}.xml"]
+        command = shlex.join([".venv/bin/python", "-m", "pytest", *words, *junit, *paths, *arguments])
+        output(f"lab: machine {kind.name}\n".encode())
+        try:
+            status = machine.run(kind, command, out=out, timeout=timeout, output=output)
+        except machine.MachineError as error:
+            output(f"{error}\n".encode())
+            return 1
+        output(f"lab: machine {kind.name}: exit status {status} after {time.monotonic() - begin:.0f} s\n".encode())
         if status not in (0, NO_TESTS):
-            console = (out / f"console-{kind.name}.log").read_text(errors="replace").splitlines()
-            print(f"lab: the end of its console ({out}/console-{kind.name}.log):", *console[-60:], sep="\n", flush=True)
-            worst = status
-        ran = ran or status != NO_TESTS
-    return worst if ran else NO_TESTS
+            log = out / f"console-{kind.name}.log"
+            end = log.read_text(errors="replace").splitlines()[-60:]
+            output("\n".join([f"lab: the end of its console ({log}):", *end, ""]).encode())
+        return status
+
+    later: list[list[bytes]] = [[] for _ in kinds[1:]]
+    with ThreadPoolExecutor() as pool:
+        running = [pool.submit(one, kind, keep.append) for kind, keep in zip(kinds[1:], later, strict=True)]
+        statuses = [one(kinds[0], write)]
+        for future, keep in zip(running, later, strict=True):
+            statuses.append(future.result())
+            write(b"".join(keep))
+    worst = next((status for status in statuses if status not in (0, NO_TESTS)), 0)
+    return worst or min(statuses)
 
 
 def main() -> int:
@@ -52,7 +71,7 @@ def main() -> int:
     parser.add_argument("--memory", type=int, metavar="MIB")
     parser.add_argument("--cpus", type=int)
     parser.add_argument(
-        "--timeout", type=float, default=240, metavar="S", help="of one machine (240; a shell has none)"
+        "--timeout", type=float, default=600, metavar="S", help="of one machine (600; a shell has none)"
     )
     parser.add_argument("--out", type=Path, default=OUT, help="what the machine sees as /lab/out (.cache/lab/out)")
     parser.add_argument("what", choices=["test", "run", "shell"], help=WHAT)
