@@ -20,7 +20,7 @@ class Mode:
     device: str
     options: tuple[str, ...] = ()
     copies: dict[str, str] = field(default_factory=dict)
-    lab: str = ""  # why it may be known from the start that it can't run over a veth
+    live: bool = True  # whether a veth takes live XDP frames in this mode: it needs NAPI, by native XDP or GRO
 
 
 XDP_COPIES = {
@@ -49,6 +49,7 @@ MODES: tuple[Mode, ...] = (
         "vhost-user",
         ("--mode", "xdp", "--xdp-mode", "generic"),
         XDP_COPIES,
+        live=False,
     ),
     Mode(
         "xdp-none",

@@ -47,7 +47,10 @@ class Bench:
         ring, guest = self.scene.device.rx.ring, self.scene.guest_network
         job = self._job(ring)
         mac = guest.mac if guest else MAC
-        alive = self.network.source(job, make_frame(mac, self.network.mac, size), live=self.world.own)
+        live = self.world.own and self.scene.mode.live
+        if not live:
+            self.result.facts["source of frames"] = "a packet socket, which is slower than redirected XDP frames"
+        alive = self.network.source(job, make_frame(mac, self.network.mac, size), live=live)
         with guest.sink() if guest else nullcontext(), self.world.threaded(self.cpus.driver) as nic:
             with self._measured(rate(IN, size), [] if guest else nic, ring) as measured:
                 self._drive(job, WARM_UP)
