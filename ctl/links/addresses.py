@@ -6,7 +6,8 @@ bridge: routes off, addresses off, addresses on, routes on, one after the other.
 first is touched, and the way back starts from there. Connections survive the moment in between.
 
 Left alone: IPv6 link-local addresses and what the kernel makes by itself of an address (its own and its prefix's
-routes). Refused: routes over several interfaces, and kinds of routes that this file can't put back exactly.
+routes). Refused: routes over several interfaces, kinds of routes that this file can't put back exactly, and addresses
+that a route of another interface sends from.
 
 An address that a DHCP client or a router gave keeps what is left of its lifetime; who renews it, on the NIC, must be
 told about the bridge.
@@ -16,9 +17,10 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pyroute2 import IPRoute
@@ -34,6 +36,7 @@ RTPROT_KERNEL = 2
 RTN_UNICAST = 1
 RTNH_F_ONLINK = 4
 IFA_F_TENTATIVE, IFA_F_DADFAILED, IFA_F_PERMANENT = 0x40, 0x08, 0x80
+IFA_F_NOPREFIXROUTE = 0x200
 
 Address = dict[str, Any]
 Route = dict[str, Any]
@@ -66,7 +69,7 @@ def move(changes: Changes, source: int, target: int, name: str) -> None:
     Raises NicError, also for what can't be moved; the caller then undoes what was announced.
     """
     entry = changes.claim("addresses", source=source, target=target)
-    addresses, routes = _read(source, name)
+    addresses, routes = _read(source, name, alone=entry is None)
     if entry is None:
         if not addresses and not routes:
             return
@@ -82,7 +85,8 @@ def undo(iface: str, args: Mapping[str, Any]) -> str:
     return f"interface {iface}: has {', '.join(a['address'] for a in addresses) or 'its routes'} again"
 
 
-def _read(index: int, name: str) -> tuple[list[Address], list[Route]]:
+def _read(index: int, name: str, *, alone: bool = False) -> tuple[list[Address], list[Route]]:
+    """With `alone`, NicError when a route of another interface needs one of the addresses."""
     what = f"interface {name}: its addresses"
 
     def read(ip: IPRoute) -> tuple[list[Any], list[Any]]:
@@ -93,9 +97,26 @@ def _read(index: int, name: str) -> tuple[list[Address], list[Route]]:
         )
 
     address_messages, route_messages = rtnl.request(what, read)
-    addresses = [_address(message) for message in address_messages]
-    routes = [_route(message, name) for message in route_messages if _is_through(message, index)]
-    return [a for a in addresses if a is not None], [r for r in routes if r is not None]
+    addresses = [a for a in map(_address, address_messages) if a is not None]
+    if alone:
+        _refuse_dependants(route_messages, addresses, index, name)
+    # whose prefix route the kernel is told not to make, has one that somebody else made in the kernel's name
+    own = any(address["flags"] & IFA_F_NOPREFIXROUTE for address in addresses)
+    routes = [_route(message, name) for message in route_messages if _is_through(message, index, own)]
+    return addresses, routes
+
+
+def _refuse_dependants(messages: Sequence[Any], addresses: Sequence[Address], index: int, name: str) -> None:
+    """The kernel drops every route, of whatever device, when the address that it sends from is deleted."""
+    moving = {address["address"] for address in addresses}
+    for message in messages:
+        source = message.get_attr("RTA_PREFSRC")
+        local = message.get_attr("RTA_TABLE") == RT_TABLE_LOCAL
+        if source in moving and not local and not _is_through(message, index, True):
+            raise NicError(
+                f"interface {name}: the route to {message.get_attr('RTA_DST') or 'default'} through another interface "
+                f"sends from {source}, and would be lost when that moves; delete it, or use --routed"
+            )
 
 
 def _address(message: Any) -> Address | None:
@@ -127,14 +148,18 @@ def _address(message: Any) -> Address | None:
     return found
 
 
-def _is_through(message: Any, index: int) -> bool:
-    if message.get_attr("RTA_TABLE") == RT_TABLE_LOCAL or message["proto"] == RTPROT_KERNEL:
+def _is_through(message: Any, index: int, kernels: bool) -> bool:
+    """`kernels`: those of protocol "kernel" count, too."""
+    destination = message.get_attr("RTA_DST") or ""
+    if message.get_attr("RTA_TABLE") == RT_TABLE_LOCAL or destination.startswith(("fe80:", "ff00:")):
+        return False
+    if message["proto"] == RTPROT_KERNEL and not kernels:
         return False
     hops = message.get_attr("RTA_MULTIPATH") or ()
     return message.get_attr("RTA_OIF") == index or any(hop["oif"] == index for hop in hops)
 
 
-def _route(message: Any, name: str) -> Route | None:
+def _route(message: Any, name: str) -> Route:
     destination = message.get_attr("RTA_DST")
     shown = f"{destination}/{message['dst_len']}" if destination else "default"
     strange = {key for key, _ in message["attrs"]} - _ROUTE_IGNORED
@@ -172,7 +197,19 @@ def _with_what_is_left(addresses: Sequence[Address], index: int) -> list[Address
 def _transfer(
     addresses: Sequence[Address], routes: Sequence[Route], source: int, target: int, name: str, *, labels: bool = False
 ) -> None:
-    """Each step is harmless when it was made before. Labels have the NIC's name in them, so only the NIC gets them."""
+    """Each step is harmless when it was made before. Labels have the NIC's name in them, so only the NIC gets them.
+
+    What is refused keeps nothing else from being put back: it may be all that a remote host is reached by.
+    """
+    routes = sorted(routes, key=lambda route: "RTA_GATEWAY" in route)  # a gateway's own route comes before it is used
+    refused: list[NetlinkError] = []
+
+    def attempt(step: Callable[[], Any]) -> None:
+        try:
+            with _harmless(errno.EEXIST):
+                step()
+        except NetlinkError as exc:
+            refused.append(exc)
 
     def transfer(ip: IPRoute) -> None:
         for route in reversed(routes):
@@ -182,11 +219,11 @@ def _transfer(
             with _harmless(errno.EADDRNOTAVAIL, errno.ENODEV):
                 ip.addr("del", **_address_request(address, source))
         for address in addresses:
-            with _harmless(errno.EEXIST):
-                ip.addr("add", **_address_request(address, target, labels=labels))
+            attempt(partial(ip.addr, "add", **_address_request(address, target, labels=labels)))
         for route in routes:
-            with _harmless(errno.EEXIST):
-                ip.route("append", **_route_request(route, target))
+            attempt(partial(ip.route, "append", **_route_request(route, target)))
+        if refused:
+            raise refused[0]
 
     rtnl.request(f"interface {name}: its addresses and routes cannot be moved", transfer)
 

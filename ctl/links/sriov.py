@@ -175,8 +175,12 @@ def same_vf(args: Mapping[str, Any]) -> Function | None:
 def undo_settings(iface: str, args: Mapping[str, Any]) -> str:
     """Entry `vf_settings`: `pci`, `vf`, `vf_pci`, `asked`, `before`; `ours` when the VF goes away with us anyway."""
     what = f"interface {iface}, VF {args['vf']}"
-    if same_vf(args) is None:
+    function = same_vf(args)
+    if function is None:
         return f"{what}: is gone"
+    held = vfio.holders(function)
+    if held:  # without its VLAN and spoof check it would be let loose
+        raise NicError(f"{what}: a virtual machine has it ({', '.join(held)}); end that, then `xdpvhost clean`")
     asked, before = (vfconfig.VfSettings.from_json(args[key]) for key in ("asked", "before"))
     try:
         return vfconfig.undo_settings(iface, int(args["ifindex"]), int(args["vf"]), asked, before)

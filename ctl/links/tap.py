@@ -33,10 +33,17 @@ IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE, IFF_TUN_EXCL = 0x0002, 0x1000
 
 @dataclass(frozen=True)
 class Owner:
-    """Who may open a device without privileges; None: nobody."""
+    """Who may open a device without privileges. With both, whoever is both; with neither, nobody.
+
+    Of a tap the kernel takes "neither" for "everybody" (`tun_not_capable()`), so `make` gives such a one to root.
+    """
 
     uid: int | None = None
     gid: int | None = None
+
+    @property
+    def tap_uid(self) -> int | None:
+        return 0 if self == Owner() else self.uid
 
 
 def owner(user: str | None, group: str | None, what: str) -> Owner:
@@ -72,14 +79,14 @@ def make(changes: Changes, name: str, queues: int, who: Owner, what: str) -> int
     entry = changes.record("tap", **identity.args, **wanted)
     fd = _open_new(identity.temporary, queues, what)
     try:
+        if who.tap_uid is not None:  # at once: until then everybody may open it
+            fcntl.ioctl(fd, TUNSETOWNER, who.tap_uid)
+        if who.gid is not None:
+            fcntl.ioctl(fd, TUNSETGROUP, who.gid)
         index = socket.if_nametoindex(identity.temporary)
         changes.amend(entry, index=index)
         rtnl.change(index, f"{what}: cannot have an alias", ifalias=identity.token)
         rtnl.change(index, f"{what}: cannot be named {name}", ifname=name)
-        if who.uid is not None:
-            fcntl.ioctl(fd, TUNSETOWNER, who.uid)
-        if who.gid is not None:
-            fcntl.ioctl(fd, TUNSETGROUP, who.gid)
         fcntl.ioctl(fd, TUNSETPERSIST, 1)  # last: until then it is gone when we are
     finally:
         os.close(fd)

@@ -24,7 +24,8 @@ MAX_QUEUES = 256  # drivers/net/tun.c: MAX_TAP_QUEUES
 HEADER = 12  # bytes: struct virtio_net_hdr_v1
 
 # linux/if_tun.h
-TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETVNETLE = 0x400454CA, 0x400454D0, 0x400454D8, 0x400454DC
+TUNSETIFF, TUNSETOWNER, TUNSETOFFLOAD = 0x400454CA, 0x400454CC, 0x400454D0
+TUNSETVNETHDRSZ, TUNSETVNETLE = 0x400454D8, 0x400454DC
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_MULTI_QUEUE, IFF_TUN_EXCL = 0x0002, 0x1000, 0x4000, 0x0100, 0x8000
 
 # TUN_F_* in sets that the kernel takes or refuses as a whole, the largest first; what they are called, and what the
@@ -78,6 +79,8 @@ def _open_queue(name: str, *, first: bool, what: str) -> int:
     flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE | (IFF_TUN_EXCL if first else 0)
     try:
         fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", os.fsencode(name), flags))
+        if first:  # of no owner, everybody could open a queue of it
+            fcntl.ioctl(fd, TUNSETOWNER, 0)
         fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("=i", HEADER))
         fcntl.ioctl(fd, TUNSETVNETLE, struct.pack("=i", 1))
     except OSError as exc:

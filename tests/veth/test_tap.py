@@ -87,6 +87,26 @@ def test_several_queues_and_an_owner(host: LinkHost) -> None:
         assert "queues=3" in args
 
 
+OPEN = """
+import fcntl, os, struct, sys
+fd = os.open("/dev/net/tun", os.O_RDWR)
+fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", sys.argv[1].encode(), 0x5102))
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--serve", "vhost-user")], ids=["qemu", "vhost-user"])
+def test_a_tap_of_nobody_is_not_everybodys(host: LinkHost, options: tuple[str, ...]) -> None:
+    """The kernel lets anybody open a tap that has neither an owner nor a group."""
+    with host.up("tap", [f"{VM1},queues=2"], options):
+        links = [link["ifname"] for link in host.nic.json("ip", "-j", "link") if link["ifname"][:3] in ("tap", "xvt")]
+        assert len(links) == 1
+        done = host.nic.run(
+            "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-c", OPEN, links[0],
+            check=False,
+        )  # fmt: skip
+        assert "Operation not permitted" in done.stderr, done.stderr
+
+
 def test_an_existing_bridge_is_used_and_left(host: LinkHost) -> None:
     host.nic.ip("link", "add", "br7", "address", "52:54:00:00:07:07", "type", "bridge", "forward_delay", "0")
     host.nic.ip("link", "set", "br7", "up")
@@ -157,6 +177,35 @@ def test_a_nic_with_addresses_is_refused_and_moves_by_force(world: World) -> Non
         with OpenTap(host.nic, "tap-vm1") as tap:
             both_ways(host, tap, MAC1)
         daemon.down()
+    host.wait_as(before)
+
+
+def test_routes_that_need_others_move_too(world: World) -> None:
+    """A gateway outside of every prefix, and a prefix route that NetworkManager made in the kernel's name."""
+    host = addressed(world)
+    host.nic.ip("addr", "add", "10.9.0.5/32", "dev", "nic0")
+    host.nic.ip("route", "add", "10.9.0.1", "dev", "nic0", "scope", "link")
+    host.nic.ip("route", "add", "default", "via", "10.9.0.1", "metric", "60")
+    host.nic.ip("addr", "add", "10.8.0.5/24", "dev", "nic0", "noprefixroute")
+    host.nic.ip(
+        "route", "add", "10.8.0.0/24", "dev", "nic0", "proto", "kernel", "scope", "link", "src", "10.8.0.5"
+    )
+    host.nic.ip("route", "add", "10.7.0.0/24", "via", "10.8.0.1")
+    before = host.state()
+    with host.up("tap", [VM1], ["--force"]) as daemon:
+        there = {route["dst"] for route in host.nic.json("ip", "-j", "route", "show", "dev", BRIDGE)}
+        assert {"default", "10.9.0.1", "10.8.0.0/24", "10.7.0.0/24"} <= there
+        daemon.down()
+    host.wait_as(before)
+
+
+def test_an_address_that_another_interfaces_route_needs(world: World) -> None:
+    host = addressed(world)
+    host.nic.ip("link", "set", "lo", "up")
+    host.nic.ip("route", "add", "203.0.113.0/24", "dev", "lo", "src", "192.0.2.2")
+    before = host.state()
+    words = host.refused("--mode", "tap", "--force", "--guest", VM1, status=3)
+    assert "the route to 203.0.113.0 through another interface sends from 192.0.2.2" in words
     host.wait_as(before)
 
 
