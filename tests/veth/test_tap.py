@@ -187,9 +187,7 @@ def test_routes_that_need_others_move_too(world: World) -> None:
     host.nic.ip("route", "add", "10.9.0.1", "dev", "nic0", "scope", "link")
     host.nic.ip("route", "add", "default", "via", "10.9.0.1", "metric", "60")
     host.nic.ip("addr", "add", "10.8.0.5/24", "dev", "nic0", "noprefixroute")
-    host.nic.ip(
-        "route", "add", "10.8.0.0/24", "dev", "nic0", "proto", "kernel", "scope", "link", "src", "10.8.0.5"
-    )
+    host.nic.ip("route", "add", "10.8.0.0/24", "dev", "nic0", "proto", "kernel", "scope", "link", "src", "10.8.0.5")
     host.nic.ip("route", "add", "10.7.0.0/24", "via", "10.8.0.1")
     before = host.state()
     with host.up("tap", [VM1], ["--force"]) as daemon:
