@@ -36,7 +36,7 @@ RTPROT_KERNEL = 2
 RTN_UNICAST = 1
 RTNH_F_ONLINK = 4
 IFA_F_TENTATIVE, IFA_F_DADFAILED, IFA_F_PERMANENT = 0x40, 0x08, 0x80
-IFA_F_NOPREFIXROUTE = 0x200
+IFA_F_NODAD, IFA_F_NOPREFIXROUTE = 0x02, 0x200
 
 Address = dict[str, Any]
 Route = dict[str, Any]
@@ -69,18 +69,21 @@ def move(changes: Changes, source: int, target: int, name: str) -> None:
     Raises NicError, also for what can't be moved; the caller then undoes what was announced.
     """
     entry = changes.claim("addresses", source=source, target=target)
+    if entry is not None and entry.args.get("moved"):
+        return
     addresses, routes = _read(source, name, alone=entry is None)
     if entry is None:
         if not addresses and not routes:
             return
         entry = changes.record("addresses", source=source, target=target, addresses=addresses, routes=routes)
     _transfer(entry.args["addresses"], entry.args["routes"], source, target, name)
+    changes.amend(entry, moved=True)
 
 
 def undo(iface: str, args: Mapping[str, Any]) -> str:
     """Handler of entries of kind `addresses`."""
     source, target = int(args["source"]), int(args["target"])
-    addresses = _with_what_is_left(args["addresses"], target)
+    addresses = _with_what_is_left(args["addresses"], target, moved=bool(args.get("moved")))
     _transfer(addresses, args["routes"], target, source, iface, labels=True)
     return f"interface {iface}: has {', '.join(a['address'] for a in addresses) or 'its routes'} again"
 
@@ -182,15 +185,21 @@ def _route(message: Any, name: str) -> Route:
     return route
 
 
-def _with_what_is_left(addresses: Sequence[Address], index: int) -> list[Address]:
-    """With the lifetimes that they have now on the interface with that index, as far as they are there."""
+def _with_what_is_left(addresses: Sequence[Address], index: int, *, moved: bool) -> list[Address]:
+    """With the lifetimes that they have now on the interface with that index, as far as they are there.
+
+    One with an end that was `moved` there and isn't there any more has expired, or its lease went to another.
+    """
     if all(address["valid"] == FOREVER for address in addresses) or rtnl.link_message(index) is None:
         return list(addresses)
     now = {(a["address"], a["prefixlen"]): a for a in _read(index, str(index))[0]}
     left = []
     for address in addresses:
-        found = now.get((address["address"], address["prefixlen"]), address)
-        left.append(address | {"valid": found["valid"], "preferred": found["preferred"]})
+        found = now.get((address["address"], address["prefixlen"]))
+        if found is not None:
+            left.append(address | {"valid": found["valid"], "preferred": found["preferred"]})
+        elif not moved or address["valid"] == FOREVER:
+            left.append(address)
     return left
 
 
@@ -218,14 +227,29 @@ def _transfer(
         for address in reversed(addresses):
             with _harmless(errno.EADDRNOTAVAIL, errno.ENODEV):
                 ip.addr("del", **_address_request(address, source))
-        for address in addresses:
-            attempt(partial(ip.addr, "add", **_address_request(address, target, labels=labels)))
+        for address in _as_listed(addresses):
+            # It was checked on this link already. While it is checked again, no route may send from it.
+            unchecked = address | {"flags": address["flags"] | IFA_F_NODAD} if _is_ipv6(address) else address
+            attempt(partial(ip.addr, "add", **_address_request(unchecked, target, labels=labels)))
         for route in routes:
             attempt(partial(ip.route, "append", **_route_request(route, target)))
+        for address in filter(_is_ipv6, addresses):
+            attempt(partial(ip.addr, "replace", **_address_request(address, target, labels=labels)))
         if refused:
             raise refused[0]
 
     rtnl.request(f"interface {name}: its addresses and routes cannot be moved", transfer)
+
+
+def _as_listed(addresses: Sequence[Address]) -> list[Address]:
+    """In the order in which to add them to have them listed so: a new IPv6 address comes before the others, an IPv4
+    address behind them.
+    """
+    return [a for a in addresses if not _is_ipv6(a)] + [a for a in reversed(addresses) if _is_ipv6(a)]
+
+
+def _is_ipv6(address: Address) -> bool:
+    return bool(address["family"] == socket.AF_INET6)
 
 
 @contextmanager

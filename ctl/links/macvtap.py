@@ -75,7 +75,7 @@ def node(index: int) -> Path:
 def prepare_node(changes: Changes, index: int, who: Owner, what: str) -> Path:
     """See that the node is there and who may open it. Raises NicError."""
     path = node(index)
-    number = _number(index)
+    number = _number(index, what)
     entry = changes.claim("node", path=str(path))
     try:
         found = path.stat() if path.exists() else None
@@ -98,9 +98,19 @@ def prepare_node(changes: Changes, index: int, who: Owner, what: str) -> Path:
     return path
 
 
-def _number(index: int) -> int | None:
-    """The device number of the node; None when /sys doesn't say."""
+def _number(index: int, what: str) -> int | None:
+    """The device number of the node; None when /sys doesn't say.
+
+    Raises NicError when /sys is another network namespace's, and another device has this index there: it has the node.
+    """
+    message = rtnl.link_message(index)
     try:
+        alias = (SYS / f"tap{index}" / "device" / "ifalias").read_text().strip()
+        if message is not None and alias != (message.get_attr("IFLA_IFALIAS") or ""):
+            raise NicError(
+                f"{what}: {node(index)} is a device of another network namespace, whose /sys this is; run xdpvhost "
+                "with `ip netns exec`, and try again for another index"
+            )
         major, minor = (SYS / f"tap{index}" / "dev").read_text().split(":")
     except (OSError, ValueError):
         return None

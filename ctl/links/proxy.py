@@ -14,6 +14,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
+from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from ..errors import NicError
@@ -45,10 +46,25 @@ def route(address: Ip, device: int, what: str) -> None:
 
 
 def answer(changes: Changes, address: Ip, what: str) -> None:
-    """Let the NIC answer for the guest's address."""
+    """Let the NIC answer for the guest's address. An entry that somebody else made is used and left."""
     if changes.claim("proxy", address=str(address)) is None:
+        if _answers(address, changes.ifindex, what):
+            return
         changes.record("proxy", address=str(address))
     _neighbour("replace", address, changes.ifindex, f"{what}: {changes.iface} cannot answer for {address}")
+
+
+def _answers(address: Ip, nic: int, what: str) -> bool:
+    def look(ip: IPRoute) -> bool:
+        try:
+            ip.neigh("get", dst=str(address), ifindex=nic, family=family(address), flags=NTF_PROXY)
+        except NetlinkError as error:
+            if error.code != errno.ENOENT:
+                raise
+            return False
+        return True
+
+    return rtnl.request(f"{what}: who answers for {address} isn't known", look)
 
 
 def _neighbour(command: str, address: Ip, nic: int, what: str) -> None:

@@ -119,7 +119,7 @@ class LinkHost:
             "routes6": json_of("ip", "-6", "-j", "route", "show", "table", "all"),
             "proxies": json_of("ip", "-j", "neigh", "show", "proxy"),
             "proxies6": json_of("ip", "-6", "-j", "neigh", "show", "proxy"),
-            "groups": json_of("ip", "-j", "maddr"),
+            "groups": [link | {"maddr": sorted(link["maddr"], key=str)} for link in json_of("ip", "-j", "maddr")],
             "fdb": json_of("bridge", "-j", "fdb"),
             "features": self.nic.run("ethtool", "-k", "nic0").stdout,
             "settings": self.nic.run("sh", "-c", "grep -s . /proc/sys/net/ipv?/conf/nic0/*; true").stdout,

@@ -23,6 +23,7 @@ Network cards, by name there (`KINDS` says which machine has what):
 The network's other half is a QEMU hub: frames of nic0 and of its VFs come out of wire0, and the other way round.
 """
 
+import fcntl
 import hashlib
 import os
 import select
@@ -33,7 +34,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -127,9 +129,17 @@ def _module_folder(without: Sequence[str]) -> Path:
     if not without:
         return whole
     base = LAB / f"without-{'-'.join(sorted(without))}" / "usr"
+    with _making():
+        return _modules_without(without, base, whole)
+
+
+def _modules_without(without: Sequence[str], base: Path, whole: Path) -> Path:
+    version = whole.name
     folder = base / "lib" / "modules" / version
     if not folder.exists() or folder.stat().st_mtime < whole.stat().st_mtime:
-        making = base.with_name(f"usr.{os.getpid()}")
+        making = base.with_name("usr.making")
+        if making.exists():
+            run_here(["rm", "-r", making])
         copy = making / "lib" / "modules" / version
         copy.parent.mkdir(parents=True)
         run_here(["cp", "--archive", "--link", whole, copy])
@@ -162,6 +172,14 @@ def _first_modules() -> dict[str, bytes]:
     return ordered
 
 
+@contextmanager
+def _making() -> Iterator[None]:
+    """What several machines use is made once, by the first, also when all are started at once."""
+    with (LAB / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _base() -> bytes:
     """The part of the first file system that is the same for every start. Kept in .cache/lab."""
     image, _ = kernel()
@@ -171,7 +189,9 @@ def _base() -> bytes:
     for path in (busybox, image):
         key.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
     made = LAB / f"base-{key.hexdigest()[:16]}.cpio"
-    if not made.exists():
+    with _making():
+        if made.exists():
+            return made.read_bytes()
         cpio = uml._Cpio()
         for name in ("proc", "sys", "dev", "tmp", "run", "etc", "root", "var", "usr", "lab"):
             cpio.folder(name)
@@ -184,12 +204,13 @@ def _base() -> bytes:
         for name, body in modules.items():
             cpio.file(f"modules/{name}", body, 0o644)
         cpio.file("modules/order", "\n".join(modules).encode(), 0o644)
-        for old in LAB.glob("base-*.cpio"):
-            old.unlink(missing_ok=True)
-        temporary = made.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(bytes(cpio.data))
+        for old in LAB.glob("base-*"):
+            old.unlink()
+        data = bytes(cpio.data)
+        temporary = made.with_suffix(".making")
+        temporary.write_bytes(data)
         temporary.rename(made)
-    return made.read_bytes()
+        return data
 
 
 def _etc(cpio: uml._Cpio) -> None:

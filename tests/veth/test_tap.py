@@ -181,7 +181,9 @@ def test_a_nic_with_addresses_is_refused_and_moves_by_force(world: World) -> Non
 
 
 def test_routes_that_need_others_move_too(world: World) -> None:
-    """A gateway outside of every prefix, and a prefix route that NetworkManager made in the kernel's name."""
+    """A gateway outside of every prefix, a prefix route that NetworkManager made in the kernel's name, and a route that
+    sends from an IPv6 address, which may not be a tentative one.
+    """
     host = addressed(world)
     host.nic.ip("addr", "add", "10.9.0.5/32", "dev", "nic0")
     host.nic.ip("route", "add", "10.9.0.1", "dev", "nic0", "scope", "link")
@@ -189,11 +191,34 @@ def test_routes_that_need_others_move_too(world: World) -> None:
     host.nic.ip("addr", "add", "10.8.0.5/24", "dev", "nic0", "noprefixroute")
     host.nic.ip("route", "add", "10.8.0.0/24", "dev", "nic0", "proto", "kernel", "scope", "link", "src", "10.8.0.5")
     host.nic.ip("route", "add", "10.7.0.0/24", "via", "10.8.0.1")
+    host.nic.ip("addr", "add", "2001:db8::3/64", "dev", "nic0")
+    wait_for(lambda: not _tentative(host, "nic0"), 10, "duplicate address detection")
+    host.nic.ip("-6", "route", "add", "2001:db8:2::/48", "via", "2001:db8::1", "src", "2001:db8::3", "dev", "nic0")
     before = host.state()
     with host.up("tap", [VM1], ["--force"]) as daemon:
         there = {route["dst"] for route in host.nic.json("ip", "-j", "route", "show", "dev", BRIDGE)}
         assert {"default", "10.9.0.1", "10.8.0.0/24", "10.7.0.0/24"} <= there
+        there = {route["dst"] for route in host.nic.json("ip", "-6", "-j", "route", "show", "dev", BRIDGE)}
+        assert "2001:db8:2::/48" in there
         daemon.down()
+    host.wait_as(before)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["in order", "after kill -9"])
+def test_a_lease_that_went_stays_gone(world: World, killed: bool) -> None:
+    host = addressed(world)
+    before = host.state()
+    lease = "192.0.2.77/24"
+    host.nic.ip("addr", "add", lease, "dev", "nic0", "valid_lft", "1000", "preferred_lft", "1000")
+    with host.up("tap", [VM1], ["--force"]) as daemon:
+        host.nic.ip("addr", "del", lease, "dev", BRIDGE)
+        if killed:
+            daemon.kill()
+            with host.up("tap", [VM1], ["--force"]) as second:
+                assert "192.0.2.77" not in host.nic.run("ip", "addr").stdout
+                second.down()
+        else:
+            daemon.down()
     host.wait_as(before)
 
 
@@ -372,6 +397,18 @@ def test_routed(world: World) -> None:
             wait_for(lambda: len([f for f in wire.collect() if _from_guest(f)]) >= COUNT, 10, "23 frames back")
         daemon.down()
     host.wait_as(before)
+
+
+@pytest.mark.parametrize("address", ["192.0.2.11", "2001:db8::11"])
+def test_routed_leaves_an_answer_that_was_there(world: World, address: str) -> None:
+    host = addressed(world)
+    host.nic.run("sysctl", "-qw", "net.ipv6.conf.all.forwarding=1", "net.ipv6.conf.nic0.proxy_ndp=1")
+    host.nic.ip("neigh", "add", "proxy", address, "dev", "nic0")
+    with host.up("tap", [f"{VM1},address={address}"], ["--routed"]) as daemon:
+        daemon.cli("guest", "rm", "vm1")
+        assert address in host.nic.run("ip", "neigh", "show", "proxy").stdout
+        daemon.down()
+    assert address in host.nic.run("ip", "neigh", "show", "proxy").stdout
 
 
 def test_routed_ipv6(world: World) -> None:
