@@ -21,15 +21,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from .errors import DatapathError
+from .policy import Policy
 
 log = logging.getLogger(__name__)
 
-ABI = 9
+ABI = 10
 MAX_REGIONS = 509
 MAX_PAIRS = 128
 MAX_RING_SIZE = 32768
 NO_RING = 0xFFFFFFFF
 VLAN_ANY = 0xFFFF
+HOST_PORT = 0x80000000  # in MacEntry.guest, plus a NIC's index: its host port
+MAX_LEARNED = 1024
+POLICY_SPOOF_CHECK, POLICY_ISOLATED, POLICY_IP_CHECK, POLICY_LINK_DOWN = 1, 2, 4, 8
 NICQ_PARTIAL_CSUM = 1
 NICQ_SG = 2
 NICQ_TX_CSUM = 4
@@ -38,7 +42,7 @@ VRING_LOG_USED = 1
 NICQ_GSO_TCP4, NICQ_GSO_TCP6, NICQ_GSO_ECN, NICQ_GSO_UDP = 1, 2, 4, 8
 START_POLL = 0.001  # seconds between looks whether a worker has made its first turn
 POLL_MODES = {"adaptive": 0, "busy": 1, "interrupt": 2}
-DROP_MAX = 11
+DROP_MAX = 17
 MAX_MACS = 16  # unicast addresses that a guest may listen to besides its own
 FAULT_MAX = 7
 FAULT_CALL_BLOCKED = 6
@@ -55,6 +59,12 @@ DROP_NAMES: tuple[str, ...] = (
     "no_uplink",
     "filtered",
     "link_down",
+    "spoofed",
+    "ip_spoofed",
+    "vlan",
+    "isolated",
+    "storm",
+    "rate",
 )
 CTRL_NAMES: tuple[str, ...] = ("rx", "mac", "vlan", "announce", "mq", "guest_offloads", "other")
 
@@ -122,6 +132,32 @@ class XskConf(Structure):
     _fields_ = (("rx", Ring), ("fd", c_int32), ("reserved", c_uint32))
 
 
+class IpConf(Structure):
+    _fields_ = (("address", c_uint8 * 16), ("version", c_uint32))
+
+
+class BucketConf(Structure):
+    _fields_ = (("rate", c_uint64), ("burst", c_uint64))
+
+
+class PolicyConf(Structure):
+    _fields_ = (
+        ("trunk", c_uint64),
+        ("addresses", c_uint64),
+        ("nr_addresses", c_uint32),
+        ("access", c_uint32),
+        ("flags", c_uint32),
+        ("learn", c_uint32),
+        ("tx", BucketConf),
+        ("rx", BucketConf),
+        ("storm", BucketConf),
+    )
+
+
+class LearnedConf(Structure):
+    _fields_ = (("mac", c_uint8 * 6), ("vlan", c_uint16), ("idle_ms", c_uint32), ("reserved", c_uint32))
+
+
 class GuestConf(Structure):
     _fields_ = (
         ("guest", c_uint64),
@@ -129,6 +165,7 @@ class GuestConf(Structure):
         ("xsks", c_uint64),
         ("packet", c_uint64),
         ("features", c_uint64),
+        ("policy", c_uint64),
         ("nr_rings", c_uint32),
         ("nr_xsks", c_uint32),
         ("ctrl", c_uint32),
@@ -143,6 +180,7 @@ class NicConf(Structure):
         ("queues", c_uint64),
         ("mcast", c_uint64),
         ("taps", c_uint64),
+        ("host", c_uint64),
         ("nr_queues", c_uint32),
         ("nr_taps", c_uint32),
         ("mtu", c_uint32),
@@ -236,7 +274,7 @@ class TapqCounters(Structure):
     )
 
 
-class McastCounters(Structure):
+class PacketCounters(Structure):
     _fields_ = (("packets", c_uint64), ("bytes", c_uint64), ("dropped", c_uint64))
 
 
@@ -288,6 +326,10 @@ MIRROR: Mapping[str, type[Structure]] = {
     "xv_ring": Ring,
     "xv_nicq_conf": NicqConf,
     "xv_xsk_conf": XskConf,
+    "xv_ip": IpConf,
+    "xv_bucket_conf": BucketConf,
+    "xv_policy_conf": PolicyConf,
+    "xv_learned": LearnedConf,
     "xv_guest_conf": GuestConf,
     "xv_nic_conf": NicConf,
     "xv_tapq_conf": TapqConf,
@@ -298,7 +340,7 @@ MIRROR: Mapping[str, type[Structure]] = {
     "xv_xsk_counters": XskCounters,
     "xv_nicq_counters": NicqCounters,
     "xv_tapq_counters": TapqCounters,
-    "xv_mcast_counters": McastCounters,
+    "xv_packet_counters": PacketCounters,
     "xv_worker_counters": WorkerCounters,
     "xv_ctrl_state": CtrlState,
     "xv_mac_request": MacRequestConf,
@@ -353,9 +395,9 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "xv_tapq_new": (c_int32, (POINTER(TapqConf), POINTER(c_void_p))),
     "xv_tapq_free": (None, (c_void_p,)),
     "xv_tapq_counters": (POINTER(TapqCounters), (c_void_p,)),
-    "xv_mcast_new": (c_int32, (c_int32, POINTER(c_void_p))),
-    "xv_mcast_free": (None, (c_void_p,)),
-    "xv_mcast_counters": (POINTER(McastCounters), (c_void_p,)),
+    "xv_packet_new": (c_int32, (c_int32, POINTER(c_void_p))),
+    "xv_packet_free": (None, (c_void_p,)),
+    "xv_packet_counters": (POINTER(PacketCounters), (c_void_p,)),
 }
 
 
@@ -579,14 +621,14 @@ class Tapq(_Native):
         return counters
 
 
-class Mcast(_Native):
+class PacketPort(_Native):
     """The packet socket through which the guests hear a NIC's broadcast and multicast."""
 
-    _free = "xv_mcast_free"
+    _free = "xv_packet_free"
 
     @property
-    def counters(self) -> McastCounters:
-        counters: McastCounters = library().xv_mcast_counters(self.handle).contents
+    def counters(self) -> PacketCounters:
+        counters: PacketCounters = library().xv_packet_counters(self.handle).contents
         return counters
 
 
@@ -599,10 +641,11 @@ class GuestState:
     worker: int
     max_pairs: int
     xsks: Sequence[Xsk] = ()
-    packet: Mcast | None = None
+    packet: PacketPort | None = None
     rings: Mapping[int, Vring] = field(default_factory=dict)
     features: int = 0
     ctrl: int | None = None
+    policy: Policy | None = None
 
 
 @dataclass
@@ -610,14 +653,15 @@ class NicState:
     """The way to the network: NIC queues, or queues of a tap."""
 
     queues: Sequence[Nicq]
-    mcast: Mcast | None
+    mcast: PacketPort | None
     mtu: int
     taps: Sequence[Tapq] = ()
+    host: Tapq | None = None
 
 
 @dataclass(frozen=True)
 class MacEntry:
-    """(VLAN, MAC) belongs to guests[guest] of the same publication."""
+    """(VLAN, MAC) belongs to guests[guest] of the same publication, or to the host port of nics[guest - HOST_PORT]."""
 
     mac: bytes
     vlan: int
@@ -626,6 +670,31 @@ class MacEntry:
 
 def _handles(objects: Sequence[_Native | None]) -> ctypes.Array[c_uint64]:
     return (c_uint64 * max(1, len(objects)))(*(o.handle if o else 0 for o in objects))
+
+
+def _policy_conf(policy: Policy, keep: list[object]) -> PolicyConf:
+    """`keep` gets what it points to."""
+    trunk = (c_uint64 * 64)()
+    for vlan in policy.trunk:
+        trunk[vlan // 64] |= 1 << vlan % 64
+    addresses = (IpConf * max(1, len(policy.addresses)))()
+    for conf, address in zip(addresses, policy.addresses, strict=False):
+        conf.address[: len(address.packed)] = address.packed
+        conf.version = address.version
+    keep += [trunk, addresses]
+    flags = (POLICY_SPOOF_CHECK if policy.spoof_check else 0) | (POLICY_ISOLATED if policy.isolated else 0)
+    flags |= (POLICY_IP_CHECK if policy.addresses else 0) | (POLICY_LINK_DOWN if policy.link_down else 0)
+    return PolicyConf(
+        trunk=ctypes.addressof(trunk) if policy.trunk else 0,
+        addresses=ctypes.addressof(addresses),
+        nr_addresses=len(policy.addresses),
+        access=policy.access,
+        flags=flags,
+        learn=policy.learn,
+        tx=BucketConf(policy.tx.rate, policy.tx.burst),
+        rx=BucketConf(policy.rx.rate, policy.rx.burst),
+        storm=BucketConf(policy.storm.rate, policy.storm.burst),
+    )
 
 
 class Datapath:
@@ -792,10 +861,10 @@ class Datapath:
         _check(self._lib.xv_tapq_new(byref(conf), byref(handle)), f"tap queue {conf.queue}")
         return Tapq(handle.value or 0)
 
-    def mcast(self, fd: int) -> Mcast:
+    def packet_port(self, fd: int) -> PacketPort:
         handle = c_void_p()
-        _check(self._lib.xv_mcast_new(fd, byref(handle)), "packet socket")
-        return Mcast(handle.value or 0)
+        _check(self._lib.xv_packet_new(fd, byref(handle)), "packet socket")
+        return PacketPort(handle.value or 0)
 
     def publish(self, guests: Sequence[GuestState], nics: Sequence[NicState], macs: Sequence[MacEntry]) -> None:
         """Make the workers see exactly this. When it returns, nothing touches what was left out."""
@@ -811,6 +880,10 @@ class Datapath:
             conf.xsks, conf.nr_xsks = ctypes.addressof(xsks), len(state.xsks)
             conf.packet = state.packet.handle if state.packet else 0
             conf.features = state.features
+            if state.policy is not None:
+                policy = _policy_conf(state.policy, keep)
+                keep.append(policy)
+                conf.policy = ctypes.addressof(policy)
             conf.ctrl = NO_RING if state.ctrl is None else state.ctrl
             conf.nic, conf.worker, conf.max_pairs = state.nic, state.worker, state.max_pairs
         nic_table = (NicConf * max(1, len(nics)))()
@@ -821,6 +894,7 @@ class Datapath:
             nic_conf.mcast = nic.mcast.handle if nic.mcast else 0
             nic_conf.taps, nic_conf.nr_taps = ctypes.addressof(taps), len(nic.taps)
             nic_conf.mtu = nic.mtu
+            nic_conf.host = nic.host.handle if nic.host else 0
         mac_table = (MacConf * max(1, len(macs)))()
         for mac_conf, mac in zip(mac_table, macs, strict=False):
             mac_conf.mac[:] = list(mac.mac)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from .datapath import Mcast, Nicq, Tapq, Xsk
+    from .datapath import Nicq, PacketPort, Tapq, Xsk
     from .links.ethtool import LinkState
 
 
@@ -38,7 +38,7 @@ class NicPort(Protocol):
         ...
 
     @property
-    def mcast(self) -> Mcast | None: ...
+    def mcast(self) -> PacketPort | None: ...
 
     @property
     def facts(self) -> Any:
@@ -53,7 +53,7 @@ class NicPort(Protocol):
         """Room for a guest, to whom nothing is steered yet. Raises NicError, and then nothing of it is left."""
         ...
 
-    def packet_socket(self, slot: int) -> Mcast | None:
+    def packet_socket(self, slot: int) -> PacketPort | None:
         """Where a guest's frames arrive, if not by AF_XDP sockets or a tap."""
         ...
 

@@ -30,9 +30,9 @@ from .datapath import (
     GuestPort,
     GuestState,
     MacEntry,
-    Mcast,
     Memory,
     NicState,
+    PacketPort,
     Region,
     Vring,
     Xsk,
@@ -67,7 +67,7 @@ class GuestEntry:
         self.nic = nic
         self.port = port
         self.xsks: Sequence[Xsk] = ()
-        self.packet: Mcast | None = None  # without XDP
+        self.packet: PacketPort | None = None  # without XDP
         self.connected = False
         self.sessions = 0
         self.protocol_errors: Counter[str] = Counter({str(violation): 0 for violation in Violation})

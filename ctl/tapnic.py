@@ -25,7 +25,7 @@ from .links.netlink import device_mtu, link_name
 from .links.tapqueues import HEADER, TapQueues
 
 if TYPE_CHECKING:
-    from .datapath import Datapath, Mcast, Nicq, Tapq, Xsk
+    from .datapath import Datapath, Nicq, PacketPort, Tapq, Xsk
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class TapNic:
     """Implements `nicport.NicPort`."""
 
     queues: Sequence[Nicq] = ()
-    mcast: Mcast | None = None
+    mcast: PacketPort | None = None
 
     def __init__(self, network: Network, mtu: int) -> None:
         self.network = network
@@ -142,7 +142,7 @@ class TapNic:
         if any(mac == own for _, mac in macs):
             raise NicError(f"{what}: {own.hex(':')} is the address of {self.iface} itself: give it another")
 
-    def packet_socket(self, slot: int) -> Mcast | None:
+    def packet_socket(self, slot: int) -> PacketPort | None:
         return None
 
     def steer(self, slot: int) -> None:

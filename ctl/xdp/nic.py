@@ -20,7 +20,7 @@ A guest comes and goes in two steps each, with the caller's publication to the w
 
 So no frame is redirected to a socket that no worker reads, and no worker reads a socket that is closed.
 
-Who owns what: the Nic owns its descriptors, mappings, BPF object, Nicq, Xsk and Mcast objects. `close` may only be
+Who owns what: the Nic owns its descriptors, mappings, BPF object, Nicq, Xsk and PacketPort objects. `close` may only be
 called when the last publication no longer has any of them.
 
 What it doesn't do: follow changes of the queue count, or a device that is removed and comes back.
@@ -36,7 +36,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self, TypeVar
 
 from .. import privileges
-from ..datapath import NICQ_PARTIAL_CSUM, NICQ_SG, NICQ_TX_CSUM, Datapath, Mcast, Nicq, NicqConf, Tapq, Xsk
+from ..datapath import NICQ_PARTIAL_CSUM, NICQ_SG, NICQ_TX_CSUM, Datapath, Nicq, NicqConf, PacketPort, Tapq, Xsk
 from ..errors import NicError
 from ..links import ethtool
 from ..links.journal import Entry, Journal
@@ -52,7 +52,7 @@ from .xsk import GuestSocket, QueueSockets, SeveralPiecesRefused, close_together
 
 log = logging.getLogger(__name__)
 
-Native = TypeVar("Native", Nicq, Mcast)
+Native = TypeVar("Native", Nicq, PacketPort)
 
 # Drivers of physical-looking devices whose other end is a local stack all the same.
 _LOCAL_STACK_DRIVERS = frozenset({"virtio_net", "xen_netfront"})
@@ -101,7 +101,7 @@ class _Guest:
     sockets: list[GuestSocket]
     xsks: list[Xsk]
     packets: PacketSocket | None = None  # without XDP: where its frames come instead, and the data plane's side of it
-    heard: Mcast | None = None
+    heard: PacketPort | None = None
     undo_steering: ExitStack = field(default_factory=ExitStack)
     steered: dict[bytes, ExitStack] = field(default_factory=dict)  # by address: how to take it back
 
@@ -122,7 +122,7 @@ class Nic:
         self.link = ethtool.LinkState()
         self.queues: list[Nicq] = []
         self.taps: list[Tapq] = []  # none: NIC queues
-        self.mcast: Mcast | None = None
+        self.mcast: PacketPort | None = None
         self.facts: NicFacts
         self._dp = dp
         self._stack = ExitStack()
@@ -204,7 +204,7 @@ class Nic:
         self._open_gso(link)
         for queue in range(nr_queues):
             self._open_queue(queue, bind, partial)
-        self.mcast = self._owned(self._dp.mcast(groups.socket.fileno()))
+        self.mcast = self._owned(self._dp.packet_port(groups.socket.fileno()))
         self.facts = self._facts(link, driver, partial, checksums_why, prep.warnings)
 
     def _attach(self, prep: NicPrep, nr_queues: int) -> None:
@@ -332,7 +332,7 @@ class Nic:
             if self._program is None:
                 guest.packets = PacketSocket(self.iface)
                 undo.callback(guest.packets.close)
-                guest.heard = self._dp.mcast(guest.packets.socket.fileno())
+                guest.heard = self._dp.packet_port(guest.packets.socket.fileno())
                 undo.callback(guest.heard.close)
             for queue, owner in enumerate(self._sockets if self._program else ()):
                 sock = owner.guest()
@@ -347,7 +347,7 @@ class Nic:
         self._guests[slot] = guest
         return list(guest.xsks)
 
-    def packet_socket(self, slot: int) -> Mcast | None:
+    def packet_socket(self, slot: int) -> PacketPort | None:
         """Where a guest's frames arrive without XDP."""
         return self._guests[slot].heard
 

@@ -19,7 +19,7 @@
 
 #define XV_API __attribute__((visibility("default")))
 
-#define XV_ABI 9u /* changes with every change of a struct or of a meaning below */
+#define XV_ABI 10u /* changes with every change of a struct or of a meaning below */
 
 #define XV_MAX_WORKERS 64u
 #define XV_MAX_REGIONS 509u    /* memory slots of one guest: what VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS grants */
@@ -27,6 +27,8 @@
 #define XV_MAX_RING_SIZE 32768u /* virtio 1.2, 2.7 */
 #define XV_MAX_MACS 16u        /* unicast addresses that a guest may listen to besides its own */
 #define XV_NO_RING UINT32_MAX
+#define XV_HOST_PORT 0x80000000u /* in xv_mac_conf.guest */
+#define XV_MAX_LEARNED 1024u   /* of one guest */
 #define XV_VLAN_ANY 0xffffu    /* in xv_mac_conf.vlan: every tagged frame for this MAC, whatever its VLAN */
 
 /* How a worker waits for work. */
@@ -48,7 +50,13 @@ enum xv_drop {
 	XV_DROP_DISABLED,      /* from a guest: the ring is disabled, frames are consumed and discarded */
 	XV_DROP_NO_UPLINK,     /* from a guest: not for a guest here, and there is no NIC queue to send on */
 	XV_DROP_FILTERED,      /* to a guest: an address or a VLAN that it has not asked for; no loss */
-	XV_DROP_LINK_DOWN,     /* to a tap that is down, or was deleted */
+	XV_DROP_LINK_DOWN,     /* to a tap that is down, or was deleted; from or to a guest whose link is switched off */
+	XV_DROP_SPOOFED,       /* from a guest: a source MAC that is not its own */
+	XV_DROP_IP_SPOOFED,    /* from a guest: an IP address that is not its own, or a router's or DHCP server's word */
+	XV_DROP_VLAN,          /* from or to a guest: a VLAN that it is not in, or a tag where it may send none */
+	XV_DROP_ISOLATED,      /* from a guest: for another guest, and one of the two is isolated */
+	XV_DROP_STORM,         /* from a guest: more broadcast and multicast than its limit */
+	XV_DROP_RATE,          /* to a guest: more than its limit */
 	XV_DROP_MAX
 };
 
@@ -83,7 +91,7 @@ struct xv_vring; /* one started virtqueue */
 struct xv_nicq;  /* one NIC queue: UMEM, fill, completion and TX ring */
 struct xv_xsk;   /* one guest's receiving AF_XDP socket on one NIC queue */
 struct xv_tapq;  /* one queue of a tap: the way to the network, as NIC queues are */
-struct xv_mcast; /* packet socket that hears a NIC's broadcast and multicast, or one guest's frames */
+struct xv_packet; /* packet socket that hears a NIC's broadcast and multicast, or one guest's frames */
 
 struct xv_dp_conf {
 	uint32_t workers;
@@ -164,12 +172,40 @@ struct xv_tapq_conf {
 	uint32_t queue;      /* its number: a hint for the queue pair that its frames go to */
 };
 
+/* What a guest may do. Enforced where its frames enter the switch, and where frames would reach it. */
+#define XV_POLICY_SPOOF_CHECK 1u /* it sends only from addresses that xv_mac_conf gives it, or that it has learned */
+#define XV_POLICY_ISOLATED 2u    /* it only talks to the NIC: no guest and no host port */
+#define XV_POLICY_IP_CHECK 4u    /* ARP, ND, DHCP and IP only from its `addresses` */
+#define XV_POLICY_LINK_DOWN 8u   /* nothing in, nothing out */
+
+struct xv_ip {
+	uint8_t address[16]; /* an IPv4 address is in the first 4 bytes */
+	uint32_t version;    /* 4 or 6 */
+};
+
+/* A token bucket: `rate` units a second on average, `burst` of them at once. rate 0: no limit. */
+struct xv_bucket_conf {
+	uint64_t rate, burst;
+};
+
+struct xv_policy_conf {
+	uint64_t trunk;     /* uint64_t[64]: bit v % 64 of word v / 64 is VLAN v, in which it sends and receives tagged; 0: no trunk */
+	uint64_t addresses; /* struct xv_ip[nr_addresses] */
+	uint32_t nr_addresses;
+	uint32_t access;    /* the VLAN that its untagged frames are in, and it may send no other; 0: it is no access port */
+	uint32_t flags;     /* XV_POLICY_* */
+	uint32_t learn;     /* source MACs that it may add to its own at a time, up to XV_MAX_LEARNED */
+	struct xv_bucket_conf tx, rx; /* bytes of frames, from and to it */
+	struct xv_bucket_conf storm;  /* broadcast and multicast frames from it */
+};
+
 struct xv_guest_conf {
 	uint64_t guest;    /* struct xv_guest * */
 	uint64_t rings;    /* struct xv_vring *[nr_rings], by vring index, NULL where not started: even RX, odd TX */
 	uint64_t xsks;     /* struct xv_xsk *[nr_xsks]: where its frames arrive */
-	uint64_t packet;   /* struct xv_mcast *: where they arrive without XDP, or 0 */
+	uint64_t packet;   /* struct xv_packet *: where they arrive without XDP, or 0 */
 	uint64_t features; /* negotiated virtio features, 0 when no front-end is connected */
+	uint64_t policy;   /* struct xv_policy_conf *, or 0: untagged and every VLAN, nothing checked, no limit */
 	uint32_t nr_rings, nr_xsks;
 	uint32_t ctrl;     /* vring index of the control virtqueue, XV_NO_RING when the front-end has it */
 	uint32_t nic;      /* index of its uplink in xv_snapshot_conf.nics */
@@ -179,8 +215,9 @@ struct xv_guest_conf {
 
 struct xv_nic_conf {
 	uint64_t queues; /* struct xv_nicq *[nr_queues] */
-	uint64_t mcast;  /* struct xv_mcast *, or 0 */
+	uint64_t mcast;  /* struct xv_packet *, or 0 */
 	uint64_t taps;   /* struct xv_tapq *[nr_taps]: instead of NIC queues */
+	uint64_t host;   /* struct xv_tapq *: the host's own port among the guests of this NIC, or 0 */
 	uint32_t nr_queues, nr_taps;
 	uint32_t mtu;    /* of the device, in bytes after the Ethernet header and tags */
 	uint32_t reserved;
@@ -189,7 +226,7 @@ struct xv_nic_conf {
 struct xv_mac_conf {
 	uint8_t mac[6];
 	uint16_t vlan;  /* 0: untagged and priority-tagged frames; 1-4094; XV_VLAN_ANY */
-	uint32_t guest; /* index in xv_snapshot_conf.guests */
+	uint32_t guest; /* index in xv_snapshot_conf.guests, or XV_HOST_PORT + index in xv_snapshot_conf.nics */
 };
 
 struct xv_snapshot_conf {
@@ -245,7 +282,7 @@ struct xv_tapq_counters {
 	uint64_t tx_csum_partial; /* of tx_packets: handed over with an open checksum */
 } __attribute__((aligned(64)));
 
-struct xv_mcast_counters {
+struct xv_packet_counters {
 	uint64_t packets, bytes;
 	uint64_t dropped; /* too long, too short, or not what their virtio-net header says */
 } __attribute__((aligned(64)));
@@ -272,6 +309,14 @@ struct xv_mac_request {
 	uint8_t mac[6];     /* its own */
 	uint16_t nr;        /* others */
 	uint8_t others[XV_MAX_MACS][6];
+};
+
+/* An address that a guest has used as a source without having it, in the data plane's table (policy.learn). */
+struct xv_learned {
+	uint8_t mac[6];
+	uint16_t vlan;
+	uint32_t idle_ms; /* since it was last used */
+	uint32_t reserved;
 };
 
 struct xv_fault { /* why the guest was given up */
@@ -319,6 +364,12 @@ XV_API int xv_guest_mac_asks(const struct xv_guest *guest); /* whether it asks f
 XV_API int xv_guest_mac_request(struct xv_guest *guest, struct xv_mac_request *out);
 /* 0, or -ECANCELED: it was refused meanwhile, because this took too long, or its session ended. Then undo the change. */
 XV_API int xv_guest_mac_answer(struct xv_guest *guest, int granted);
+/*
+ * What it has learned: fills out[0..n), answers how many there are. A new one makes xv_dp_event_fd() readable. Frames from it
+ * are forwarded at once; frames to it only when an xv_mac_conf says so.
+ */
+XV_API uint32_t xv_guest_learned(struct xv_guest *guest, struct xv_learned *out, uint32_t n);
+XV_API void xv_guest_forget(struct xv_guest *guest, const uint8_t mac[6], uint16_t vlan); /* it is too old, or another's */
 XV_API void xv_guest_announce(struct xv_guest *guest, const uint8_t mac[6]); /* send a RARP for it on the uplink */
 
 XV_API int xv_mem_new(const struct xv_region *regions, uint32_t count, struct xv_guest *guest, struct xv_mem **out);
@@ -349,8 +400,8 @@ XV_API const struct xv_xsk_counters *xv_xsk_counters(const struct xv_xsk *xsk);
 XV_API int xv_tapq_new(const struct xv_tapq_conf *conf, struct xv_tapq **out);
 XV_API void xv_tapq_free(struct xv_tapq *tap);
 XV_API const struct xv_tapq_counters *xv_tapq_counters(const struct xv_tapq *tap);
-XV_API int xv_mcast_new(int fd, struct xv_mcast **out); /* AF_PACKET socket, PACKET_VNET_HDR and PACKET_AUXDATA on */
-XV_API void xv_mcast_free(struct xv_mcast *mcast);
-XV_API const struct xv_mcast_counters *xv_mcast_counters(const struct xv_mcast *mcast);
+XV_API int xv_packet_new(int fd, struct xv_packet **out); /* AF_PACKET socket, PACKET_VNET_HDR and PACKET_AUXDATA on */
+XV_API void xv_packet_free(struct xv_packet *packet);
+XV_API const struct xv_packet_counters *xv_packet_counters(const struct xv_packet *packet);
 
 #endif

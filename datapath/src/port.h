@@ -151,30 +151,30 @@ uint32_t tap_tx_burst(struct xv_tapq *tap, const struct xv_view *const *views, u
 /* Write a guest's GSO frame whole, or drop and count it. False: neither, it is to be cut. */
 bool tap_tx_gso(struct xv_tapq *tap, const struct xv_view *view, uint32_t max_len, uint64_t *drops);
 
-/* ---- packet socket: broadcast and multicast of a NIC, or frames for one guest (mcast.c) ---- */
+/* ---- packet socket: broadcast and multicast of a NIC, or frames for one guest (packet.c) ---- */
 
-struct mcast_slot;
+struct packet_slot;
 
-struct xv_mcast {
+struct xv_packet {
 	struct source rx;
 	uint8_t *buffers;
-	struct mcast_slot *slots;
+	struct packet_slot *slots;
 	struct xv_view *views;      /* of the frames in the slots, from `done` to `nr` */
 	uint32_t nr, done;
 	bool large;  /* the last frame stood for many, and so will the next */
 	bool waits;  /* the only view is VIEW_SOCKET, and its frame has not been fetched */
 	struct xv_vring *stalled_on; /* the receive ring whose buffers ran out, or NULL */
-	struct xv_mcast_counters counters;
+	struct xv_packet_counters counters;
 };
 
 /*
  * View the frames that were not released, or if there are none, new ones. `takes`: GSO_BITs of frames that may be viewed
  * where they are, in the socket (VIEW_SOCKET), as whoever gets them takes them whole.
  */
-void mcast_rx_burst(struct xv_mcast *mcast, struct xv_burst *burst, uint32_t takes);
+void packet_rx_burst(struct xv_packet *packet, struct xv_burst *burst, uint32_t takes);
 /* Receive the frame of a VIEW_SOCKET; iov[0] is for its virtio-net header. Bytes of the frame, or less than 0. */
-int64_t mcast_fetch(struct xv_mcast *mcast, struct iovec *iov, uint32_t n);
+int64_t packet_fetch(struct xv_packet *packet, struct iovec *iov, uint32_t n);
 /* Done with the first n of those. */
-void mcast_rx_release(struct xv_mcast *mcast, uint32_t n);
+void packet_rx_release(struct xv_packet *packet, uint32_t n);
 
 #endif

@@ -105,7 +105,7 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 	if (conf->packet) {
 		struct duty *duty = &snap->duties[conf->worker % workers];
 
-		duty->packet[duty->nr_packet++] = (struct packet_source){(struct xv_mcast *)(uintptr_t)conf->packet, index};
+		duty->packet[duty->nr_packet++] = (struct packet_source){(struct xv_packet *)(uintptr_t)conf->packet, index};
 	}
 	for (uint32_t i = 0; i < conf->nr_xsks; i++) {
 		struct duty *duty = &snap->duties[(conf->worker + i) % workers];
@@ -153,7 +153,7 @@ static int add_nics(struct snapshot *snap, const struct xv_snapshot_conf *conf)
 			return result;
 		nic->nr_queues = confs[i].nr_queues;
 		nic->max_len = confs[i].mtu + 14;
-		nic->mcast = (struct xv_mcast *)(uintptr_t)confs[i].mcast;
+		nic->mcast = (struct xv_packet *)(uintptr_t)confs[i].mcast;
 		nic->queues = calloc(MAX(nic->nr_queues, 1u), sizeof(nic->queues[0]));
 		if (!nic->queues)
 			return -ENOMEM;

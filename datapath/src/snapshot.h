@@ -23,7 +23,7 @@ struct port { /* a guest */
 struct nic {
 	struct xv_nicq **queues;
 	uint32_t nr_queues, max_len; /* max_len: largest untagged frame, Ethernet header included */
-	struct xv_mcast *mcast;
+	struct xv_packet *mcast;
 	struct xv_tapq **taps;
 	uint32_t nr_taps;
 };
@@ -58,7 +58,7 @@ struct ctrl_source {
 };
 
 struct mcast_source {
-	struct xv_mcast *mcast;
+	struct xv_packet *mcast;
 	uint32_t nic;
 };
 
@@ -69,7 +69,7 @@ struct tap_source {
 };
 
 struct packet_source { /* where a guest's frames arrive without XDP */
-	struct xv_mcast *socket;
+	struct xv_packet *socket;
 	uint32_t port;
 };
 

@@ -307,7 +307,7 @@ static bool fetch_frame(struct writer *w, const struct xv_view *view)
 			w->offset = 0;
 		}
 	}
-	return mcast_fetch(view->socket, iov, n) == view->len;
+	return packet_fetch(view->socket, iov, n) == view->len;
 }
 
 /* One frame into any layout of buffers. Nothing is consumed unless it is delivered. */

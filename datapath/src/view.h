@@ -22,7 +22,7 @@ struct xv_seg {
 
 struct gso_header; /* gso.h */
 struct gso_part;
-struct xv_mcast; /* port.h */
+struct xv_packet; /* port.h */
 
 #define VIEW_NEEDS_CSUM 1u /* the checksum at csum_start + csum_offset holds only the pseudo-header's sum */
 #define VIEW_SOCKET 4u     /* all of the frame still waits in `socket`, and `first` is a copy of its leading bytes */
@@ -44,7 +44,7 @@ struct xv_view {
 	uint32_t hash;
 	uint16_t hash_report; /* VIRTIO_NET_HASH_REPORT_* */
 	const struct gso_header *gso; /* with a gso_type, of a guest's frame: its headers, checked */
-	struct xv_mcast *socket;      /* with VIEW_SOCKET */
+	struct xv_packet *socket;      /* with VIEW_SOCKET */
 	const struct gso_part *parts; /* with a gso_type, of what it was joined; NULL for a guest's frame */
 };
 

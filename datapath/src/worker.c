@@ -166,19 +166,19 @@ static bool poll_ctrl(struct worker *w, const struct ctrl_source *source)
 /* Frames for one guest by a packet socket. Those that it has no buffers for wait, in the slots and in the socket. */
 static bool poll_packet(struct worker *w, const struct snapshot *snap, const struct packet_source *source)
 {
-	struct xv_mcast *socket = source->socket;
+	struct xv_packet *socket = source->socket;
 	struct xv_vring *stalled = socket->stalled_on;
 	const struct xv_view *views[XV_BURST];
 	uint32_t done = 0;
 
 	if (likely(!stalled || !vring_usable(stalled) || vring_has_buffers(stalled))) {
 		stalled = NULL;
-		mcast_rx_burst(socket, &w->burst, switch_joins(&snap->ports[source->port]));
+		packet_rx_burst(socket, &w->burst, switch_joins(&snap->ports[source->port]));
 		for (uint32_t i = 0; i < w->burst.nr; i++)
 			views[i] = &w->burst.views[i];
 		if (w->burst.nr)
 			done = switch_to_guest(snap, source->port, 0, views, w->burst.nr, &w->calls, &stalled);
-		mcast_rx_release(socket, done);
+		packet_rx_release(socket, done);
 		count(w->counters.packets, done);
 	}
 	socket->stalled_on = stalled;
@@ -231,13 +231,13 @@ static bool poll_mcast(struct worker *w, const struct snapshot *snap, const stru
 	struct xv_vring *stalled;
 	uint32_t done;
 
-	mcast_rx_burst(source->mcast, &w->burst, 0);
+	packet_rx_burst(source->mcast, &w->burst, 0);
 	if (!w->burst.nr)
 		return false;
 	done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
 	if (stalled)
 		switch_drop_stalled(stalled, w->burst.nr - done);
-	mcast_rx_release(source->mcast, w->burst.nr);
+	packet_rx_release(source->mcast, w->burst.nr);
 	count(w->counters.packets, w->burst.nr);
 	return true;
 }

@@ -297,7 +297,7 @@ struct world {
 	struct xv_dp *dp;
 	struct driver guests[3];
 	struct nic_side nic;
-	struct xv_mcast *packet; /* the first guest's frames come by it, too */
+	struct xv_packet *packet; /* the first guest's frames come by it, too */
 	struct xv_tapq *tap;     /* instead of the NIC queue */
 	uint32_t nr_guests, mtu; /* mtu 0: 1500 */
 };

@@ -12,7 +12,7 @@
 
 static struct world w;
 static struct built f;
-static struct xv_mcast *packet;
+static struct xv_packet *packet;
 static int theirs;
 static uint8_t got[70000];
 
@@ -23,7 +23,7 @@ static void begin(uint64_t features, uint32_t num)
 
 	CHECK_EQ(socketpair(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK, 0, pair), 0);
 	CHECK_EQ(setsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &size, sizeof(size)), 0);
-	CHECK_EQ(xv_mcast_new(pair[0], &packet), 0);
+	CHECK_EQ(xv_packet_new(pair[0], &packet), 0);
 	theirs = pair[1];
 	world_init(&w, 1, features, num, 0);
 	w.packet = packet;
@@ -36,7 +36,7 @@ static void end(void)
 	world_free(&w);
 	close(packet->rx.fd);
 	close(theirs);
-	xv_mcast_free(packet);
+	xv_packet_free(packet);
 }
 
 static struct virtio_net_hdr header_of(uint8_t gso_type)

@@ -77,7 +77,7 @@ class FakeXsk(FakeObject):
         return frames
 
 
-class FakeMcast(FakeObject):
+class FakePacketPort(FakeObject):
     def __init__(self, fd: int) -> None:
         super().__init__()
         self.fd = fd
@@ -102,5 +102,5 @@ class FakeDatapath:
     def xsk(self, nicq: FakeNicq, ring: Ring, fd: int) -> FakeObject:
         return self._make(FakeXsk(nicq, ring, fd))
 
-    def mcast(self, fd: int) -> FakeObject:
-        return self._make(FakeMcast(fd))
+    def packet_port(self, fd: int) -> FakeObject:
+        return self._make(FakePacketPort(fd))

@@ -11,8 +11,8 @@ from typing import Any
 from xdpvhost.config import GuestSpec
 from xdpvhost.datapath import (
     CtrlState,
-    McastCounters,
     NicqCounters,
+    PacketCounters,
     RxCounters,
     TapqCounters,
     TxCounters,
@@ -25,7 +25,7 @@ from xdpvhost.xdp.maps import GUEST_VERDICTS, HOST_VERDICTS
 
 @dataclass
 class FakeCounted:
-    """A Nicq, Xsk or Mcast."""
+    """A Nicq, Xsk or PacketPort."""
 
     counters: Any
 
@@ -57,7 +57,7 @@ class FakeNic:
     def __post_init__(self) -> None:
         self.queues = [FakeCounted(NicqCounters()) for _ in range(self.nr_queues)]
         self.taps = [FakeCounted(TapqCounters())]
-        self.mcast = FakeCounted(McastCounters())
+        self.mcast = FakeCounted(PacketCounters())
         self.changed_verdicts: dict[tuple[int | None, int, str], int] = {}
         self.changed_statistics: dict[tuple[int | None, int], dict[str, int]] = {}
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import pytest
 
-from support.fake_datapath import FakeDatapath, FakeMcast, FakeNicq, FakeXsk
+from support.fake_datapath import FakeDatapath, FakeNicq, FakePacketPort, FakeXsk
 from support.frames import PacketSocket, mac_bytes, udp_frame
 from support.netns import Namespace, World
 from support.process import run, wait_for
@@ -328,7 +328,7 @@ def test_base_sockets_send(pair: Pair) -> None:
 
 def test_packet_socket_hears_groups_that_arrive(pair: Pair) -> None:
     with pair.host.entered(), pair.open() as nic:
-        view = socket.socket(fileno=os.dup(cast(FakeMcast, nic.mcast).fd))
+        view = socket.socket(fileno=os.dup(cast(FakePacketPort, nic.mcast).fd))
         groups = ("ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:fb", "33:33:00:00:00:01")
         with view, PacketSocket(pair.host, NIC) as local, PacketSocket(pair.host, NIC) as kernel:
             for group in (*groups, STRANGER, pair.host.mac(NIC)):

@@ -27,7 +27,7 @@
 #define GSO_ALL UINT32_MAX
 #define MACS 12u    /* what stands before the tag */
 
-struct mcast_slot {
+struct packet_slot {
 	struct msghdr msg;
 	struct iovec iov[2];
 	struct virtio_net_hdr hdr;
@@ -47,13 +47,13 @@ static const struct tpacket_auxdata *auxdata(struct msghdr *msg)
 }
 
 /* `len`: of header and frame, as received. False: the frame is unusable and counted. */
-static bool make_view(struct xv_mcast *mcast, struct mcast_slot *slot, uint8_t *frame, uint32_t len, struct xv_view *view)
+static bool make_view(struct xv_packet *packet, struct packet_slot *slot, uint8_t *frame, uint32_t len, struct xv_view *view)
 {
 	const struct tpacket_auxdata *aux = auxdata(&slot->msg);
 	uint32_t tag = 0;
 
 	if (len < sizeof(slot->hdr) + ETH_HEADER || slot->msg.msg_flags & MSG_TRUNC) {
-		count(mcast->counters.dropped, 1);
+		count(packet->counters.dropped, 1);
 		return false;
 	}
 	len -= (uint32_t)sizeof(slot->hdr);
@@ -71,52 +71,52 @@ static bool make_view(struct xv_mcast *mcast, struct mcast_slot *slot, uint8_t *
 	}
 	*view = (struct xv_view){.first = {frame, len}, .len = len};
 	if (!net_header_in(&slot->hdr, true, GSO_ALL, view) || (view->gso_type && !gso_check(view, &slot->gso))) {
-		count(mcast->counters.dropped, 1);
+		count(packet->counters.dropped, 1);
 		return false;
 	}
 	return true;
 }
 
-static void receive(struct xv_mcast *mcast)
+static void receive(struct xv_packet *packet)
 {
 	uint32_t bytes = 0;
 
 	/* one call a frame: nearly always there is none, and then one recvmsg() is the cheapest way to find out */
 	for (uint32_t i = 0; i < SLOTS && bytes < BURST_BYTES; i++) {
-		struct mcast_slot *slot = &mcast->slots[i];
-		struct xv_view *view = &mcast->views[mcast->nr];
+		struct packet_slot *slot = &packet->slots[i];
+		struct xv_view *view = &packet->views[packet->nr];
 		ssize_t len;
 
 		slot->msg.msg_controllen = sizeof(slot->control);
-		len = recvmsg(mcast->rx.fd, &slot->msg, MSG_DONTWAIT | MSG_TRUNC);
+		len = recvmsg(packet->rx.fd, &slot->msg, MSG_DONTWAIT | MSG_TRUNC);
 		if (len < 0 && errno == EINVAL) { /* a kind of GSO frame that has no virtio-net header */
-			count(mcast->counters.dropped, 1);
+			count(packet->counters.dropped, 1);
 			continue;
 		}
 		if (len < 0)
 			break;
-		if (!make_view(mcast, slot, mcast->buffers + (size_t)i * SLOT_BYTES + TAG, (uint32_t)len, view))
+		if (!make_view(packet, slot, packet->buffers + (size_t)i * SLOT_BYTES + TAG, (uint32_t)len, view))
 			continue;
-		count(mcast->counters.packets, 1);
-		count(mcast->counters.bytes, view->len);
+		count(packet->counters.packets, 1);
+		count(packet->counters.bytes, view->len);
 		bytes += view->len;
-		mcast->large = view->gso_type;
-		mcast->nr++;
+		packet->large = view->gso_type;
+		packet->nr++;
 	}
 }
 
 /* View the next frame where it is. False: there is one, and it is to be received. */
-static bool peek(struct xv_mcast *mcast, uint32_t takes)
+static bool peek(struct xv_packet *packet, uint32_t takes)
 {
-	struct mcast_slot *slot = &mcast->slots[0];
-	struct iovec iov[2] = {{&slot->hdr, sizeof(slot->hdr)}, {mcast->buffers, GSO_HEADER_MAX}};
-	struct xv_view *view = &mcast->views[0];
+	struct packet_slot *slot = &packet->slots[0];
+	struct iovec iov[2] = {{&slot->hdr, sizeof(slot->hdr)}, {packet->buffers, GSO_HEADER_MAX}};
+	struct xv_view *view = &packet->views[0];
 	const struct tpacket_auxdata *aux;
 	ssize_t len;
 
 	slot->msg.msg_iov = iov;
 	slot->msg.msg_controllen = sizeof(slot->control);
-	len = recvmsg(mcast->rx.fd, &slot->msg, MSG_DONTWAIT | MSG_PEEK | MSG_TRUNC);
+	len = recvmsg(packet->rx.fd, &slot->msg, MSG_DONTWAIT | MSG_PEEK | MSG_TRUNC);
 	slot->msg.msg_iov = slot->iov;
 	if (len < 0)
 		return errno == EAGAIN;
@@ -124,91 +124,91 @@ static bool peek(struct xv_mcast *mcast, uint32_t takes)
 	if (len < (ssize_t)GSO_HEADER_MAX || len > (ssize_t)NET_MAX_FRAME)
 		return false;
 	aux = auxdata(&slot->msg);
-	*view = (struct xv_view){.first = {mcast->buffers, GSO_HEADER_MAX}, .len = (uint32_t)len, .socket = mcast};
-	mcast->large = net_header_in(&slot->hdr, true, takes, view) && view->gso_type;
-	if (!mcast->large || (aux && aux->tp_status & TP_STATUS_VLAN_VALID) || !gso_check(view, &slot->gso))
+	*view = (struct xv_view){.first = {packet->buffers, GSO_HEADER_MAX}, .len = (uint32_t)len, .socket = packet};
+	packet->large = net_header_in(&slot->hdr, true, takes, view) && view->gso_type;
+	if (!packet->large || (aux && aux->tp_status & TP_STATUS_VLAN_VALID) || !gso_check(view, &slot->gso))
 		return false;
 	view->gso = NULL; /* it is not to be cut: `takes` has been asked */
 	view->flags |= VIEW_SOCKET;
-	mcast->nr = 1;
-	mcast->waits = true;
+	packet->nr = 1;
+	packet->waits = true;
 	return true;
 }
 
-int64_t mcast_fetch(struct xv_mcast *mcast, struct iovec *iov, uint32_t n)
+int64_t packet_fetch(struct xv_packet *packet, struct iovec *iov, uint32_t n)
 {
 	struct msghdr msg = {.msg_iov = iov, .msg_iovlen = n};
 
-	mcast->waits = false;
-	return recvmsg(mcast->rx.fd, &msg, MSG_DONTWAIT | MSG_TRUNC) - (ssize_t)sizeof(struct virtio_net_hdr);
+	packet->waits = false;
+	return recvmsg(packet->rx.fd, &msg, MSG_DONTWAIT | MSG_TRUNC) - (ssize_t)sizeof(struct virtio_net_hdr);
 }
 
-void mcast_rx_burst(struct xv_mcast *mcast, struct xv_burst *burst, uint32_t takes)
+void packet_rx_burst(struct xv_packet *packet, struct xv_burst *burst, uint32_t takes)
 {
-	if (unlikely(mcast->waits)) { /* it had no buffers; meanwhile it may take other frames */
-		mcast->nr = 0;
-		mcast->waits = false;
+	if (unlikely(packet->waits)) { /* it had no buffers; meanwhile it may take other frames */
+		packet->nr = 0;
+		packet->waits = false;
 	}
-	if (likely(!mcast->nr) && !(mcast->large && takes && peek(mcast, takes)))
-		receive(mcast);
-	burst->nr = mcast->nr - mcast->done;
+	if (likely(!packet->nr) && !(packet->large && takes && peek(packet, takes)))
+		receive(packet);
+	burst->nr = packet->nr - packet->done;
 	burst->nr_segs = 0;
-	memcpy(burst->views, mcast->views + mcast->done, burst->nr * sizeof(burst->views[0]));
+	memcpy(burst->views, packet->views + packet->done, burst->nr * sizeof(burst->views[0]));
 }
 
-void mcast_rx_release(struct xv_mcast *mcast, uint32_t n)
+void packet_rx_release(struct xv_packet *packet, uint32_t n)
 {
-	if (n && mcast->views[0].flags & VIEW_SOCKET) {
-		if (mcast->waits) /* dropped */
-			mcast_fetch(mcast, &(struct iovec){&mcast->slots[0].hdr, sizeof(mcast->slots[0].hdr)}, 1);
-		count(mcast->counters.packets, 1);
-		count(mcast->counters.bytes, mcast->views[0].len);
+	if (n && packet->views[0].flags & VIEW_SOCKET) {
+		if (packet->waits) /* dropped */
+			packet_fetch(packet, &(struct iovec){&packet->slots[0].hdr, sizeof(packet->slots[0].hdr)}, 1);
+		count(packet->counters.packets, 1);
+		count(packet->counters.bytes, packet->views[0].len);
 	}
-	mcast->done += n;
-	if (mcast->done == mcast->nr)
-		mcast->done = mcast->nr = 0;
+	packet->done += n;
+	if (packet->done == packet->nr)
+		packet->done = packet->nr = 0;
 }
 
-int xv_mcast_new(int fd, struct xv_mcast **out)
+int xv_packet_new(int fd, struct xv_packet **out)
 {
-	struct xv_mcast *mcast = aligned_alloc(64, ALIGN_UP(sizeof(*mcast), 64));
+	struct xv_packet *packet = aligned_alloc(64, ALIGN_UP(sizeof(*packet), 64));
 
-	if (!mcast)
+	if (!packet)
 		return -ENOMEM;
-	memset(mcast, 0, sizeof(*mcast));
-	mcast->buffers = malloc((size_t)SLOTS * SLOT_BYTES);
-	mcast->slots = calloc(SLOTS, sizeof(mcast->slots[0]));
-	mcast->views = calloc(SLOTS, sizeof(mcast->views[0]));
-	if (!mcast->buffers || !mcast->slots || !mcast->views) {
-		xv_mcast_free(mcast);
+	memset(packet, 0, sizeof(*packet));
+	packet->buffers = malloc((size_t)SLOTS * SLOT_BYTES);
+	packet->slots = calloc(SLOTS, sizeof(packet->slots[0]));
+	packet->views = calloc(SLOTS, sizeof(packet->views[0]));
+	if (!packet->buffers || !packet->slots || !packet->views) {
+		xv_packet_free(packet);
 		return -ENOMEM;
 	}
-	mcast->rx = (struct source){.fd = fd, .epfd = -1};
+	packet->rx = (struct source){.fd = fd, .epfd = -1};
 	for (uint32_t i = 0; i < SLOTS; i++) {
-		struct mcast_slot *slot = &mcast->slots[i];
+		struct packet_slot *slot = &packet->slots[i];
 		struct msghdr *msg = &slot->msg;
 
 		slot->iov[0] = (struct iovec){&slot->hdr, sizeof(slot->hdr)};
-		slot->iov[1] = (struct iovec){mcast->buffers + (size_t)i * SLOT_BYTES + TAG, SLOT_BYTES - TAG};
+		slot->iov[1] = (struct iovec){packet->buffers + (size_t)i * SLOT_BYTES + TAG, SLOT_BYTES - TAG};
 		msg->msg_iov = slot->iov;
 		msg->msg_iovlen = 2;
 		msg->msg_control = &slot->control;
 	}
-	*out = mcast;
+	*out = packet;
 	return 0;
 }
 
-void xv_mcast_free(struct xv_mcast *mcast)
+void xv_packet_free(struct xv_packet *packet)
 {
-	if (!mcast)
+	if (!packet)
 		return;
-	free(mcast->buffers);
-	free(mcast->slots);
-	free(mcast->views);
-	free(mcast);
+	free(packet->buffers);
+	free(packet->slots);
+	free(packet->views);
+	free(packet);
 }
 
-const struct xv_mcast_counters *xv_mcast_counters(const struct xv_mcast *mcast)
+const struct xv_packet_counters *xv_packet_counters(const struct xv_packet *packet)
 {
-	return &mcast->counters;
+	return &packet->counters;
 }
