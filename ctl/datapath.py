@@ -265,12 +265,14 @@ class TapqCounters(Structure):
         ("rx_bytes", c_uint64),
         ("rx_dropped", c_uint64),
         ("rx_unclaimed", c_uint64),
+        ("drops", c_uint64 * DROP_MAX),
         ("gone", c_uint64),
         ("tx_packets", c_uint64),
         ("tx_bytes", c_uint64),
         ("tx_gso_packets", c_uint64),
         ("tx_gso_bytes", c_uint64),
         ("tx_csum_partial", c_uint64),
+        ("tx_dropped", c_uint64),
     )
 
 

@@ -139,8 +139,9 @@ TAP_RX_DROPS = Metric(
     "xdpvhost_tap_receive_drops_total",
     "counter",
     ("iface", "queue", "reason"),
-    "Frames read from the tap that no guest gets: malformed (not what their virtio-net header says), unclaimed (for "
-    "nobody here, as a bridge floods them; no loss).",
+    "Frames read from the tap that nobody gets: malformed (not what their virtio-net header says), unclaimed (for "
+    "nobody here, as a bridge floods them; no loss); of a host port what the NIC did not take, by the reasons of "
+    "xdpvhost_guest_drops_total.",
 )
 TAP_TX_PACKETS = Metric(
     "xdpvhost_tap_transmit_packets_total", "counter", ("iface", "queue"), "Frames written to the tap, GSO frames apart."
@@ -165,6 +166,12 @@ TAP_TX_CHECKSUMS = Metric(
     "counter",
     ("iface", "queue"),
     "Frames written to the tap with the checksum that the guest left open, for the kernel or its NIC to finish.",
+)
+TAP_TX_DROPS = Metric(
+    "xdpvhost_tap_transmit_drops_total",
+    "counter",
+    ("iface", "queue"),
+    "Frames from the NIC that a host port did not take. What it does not take of a guest's is that guest's drop.",
 )
 TAP_GONE = Metric(
     "xdpvhost_tap_gone",
@@ -322,6 +329,7 @@ METRICS: tuple[Metric, ...] = (
     TAP_TX_GSO_PACKETS,
     TAP_TX_GSO_BYTES,
     TAP_TX_CHECKSUMS,
+    TAP_TX_DROPS,
     TAP_GONE,
     GUEST_RX_PACKETS,
     GUEST_RX_BYTES,

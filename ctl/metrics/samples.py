@@ -114,11 +114,14 @@ def _tap_samples(port: tuple[str, str], tap: TapqCounters) -> Iterator[Sample]:
     yield Sample(m.TAP_RX_BYTES, port, tap.rx_bytes)
     yield Sample(m.TAP_RX_DROPS, (*port, "malformed"), tap.rx_dropped)
     yield Sample(m.TAP_RX_DROPS, (*port, "unclaimed"), tap.rx_unclaimed)
+    for reason, count in zip(DROP_NAMES, tap.drops, strict=True):
+        yield Sample(m.TAP_RX_DROPS, (*port, reason), count)
     yield Sample(m.TAP_TX_PACKETS, port, tap.tx_packets)
     yield Sample(m.TAP_TX_BYTES, port, tap.tx_bytes)
     yield Sample(m.TAP_TX_GSO_PACKETS, port, tap.tx_gso_packets)
     yield Sample(m.TAP_TX_GSO_BYTES, port, tap.tx_gso_bytes)
     yield Sample(m.TAP_TX_CHECKSUMS, port, tap.tx_csum_partial)
+    yield Sample(m.TAP_TX_DROPS, port, tap.tx_dropped)
     yield Sample(m.TAP_GONE, port, tap.gone)
 
 

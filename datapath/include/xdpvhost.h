@@ -29,6 +29,7 @@
 #define XV_NO_RING UINT32_MAX
 #define XV_HOST_PORT 0x80000000u /* in xv_mac_conf.guest */
 #define XV_MAX_LEARNED 1024u   /* of one guest */
+#define XV_MAX_ADDRESSES 64u   /* IP addresses of one guest */
 #define XV_VLAN_ANY 0xffffu    /* in xv_mac_conf.vlan: every tagged frame for this MAC, whatever its VLAN */
 
 /* How a worker waits for work. */
@@ -275,11 +276,13 @@ struct xv_tapq_counters {
 	uint64_t rx_packets, rx_bytes; /* read, and found to be frames; GSO frames count once */
 	uint64_t rx_dropped;   /* read, and not what their virtio-net header says */
 	uint64_t rx_unclaimed; /* of rx_packets: for no guest here, as a bridge floods them */
+	uint64_t drops[XV_DROP_MAX]; /* a host port: of rx_packets, what the NIC did not take */
 	uint64_t gone;         /* errno with which the tap ended, 0 while it is there */
 	/* added to atomically by every worker; the kernel copied all of these from the guest's memory, we did not */
 	uint64_t tx_packets, tx_bytes;
 	uint64_t tx_gso_packets, tx_gso_bytes; /* GSO frames written whole, not in tx_packets and tx_bytes */
 	uint64_t tx_csum_partial; /* of tx_packets: handed over with an open checksum */
+	uint64_t tx_dropped; /* a host port: frames from the NIC that it did not take */
 } __attribute__((aligned(64)));
 
 struct xv_packet_counters {

@@ -47,6 +47,42 @@ void gso_cut_init(struct gso_cut *cut, const struct xv_view *view)
 	*cut = (struct gso_cut){.view = view, .payload = view->len - view->gso->len, .offset = view->gso->len};
 }
 
+/* A tag was put behind the addresses (4 bytes), or taken out (-4): where everything behind it is now. */
+static void shift_headers(struct xv_view *view, struct gso_header *header, int by)
+{
+	view->hdr_len = (uint16_t)(view->hdr_len + by);
+	if (!header)
+		return;
+	header->len += (uint32_t)by;
+	header->h.ip += (uint32_t)by;
+	header->h.transport += (uint32_t)by;
+	header->h.end += (uint32_t)by;
+}
+
+bool gso_push_tag(struct xv_view *view, uint16_t tci)
+{
+	struct gso_header *header = (struct gso_header *)(uintptr_t)view->gso; /* a worker's own: see view.h */
+
+	if (header) {
+		if (header->len + 4 > GSO_HEADER_MAX)
+			return false;
+		memmove(header->bytes + 16, header->bytes + 12, header->len - 12);
+		put_be16(header->bytes + 12, 0x8100);
+		put_be16(header->bytes + 14, tci);
+	}
+	shift_headers(view, header, 4);
+	return true;
+}
+
+void gso_pop_tag(struct xv_view *view)
+{
+	struct gso_header *header = (struct gso_header *)(uintptr_t)view->gso;
+
+	if (header)
+		memmove(header->bytes + 12, header->bytes + 16, header->len - 16);
+	shift_headers(view, header, -4);
+}
+
 static const struct xv_seg *seg_at(const struct xv_view *view, uint32_t i)
 {
 	return i ? &view->more[i - 1] : &view->first;

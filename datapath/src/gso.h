@@ -49,6 +49,9 @@ void gso_cut_init(struct gso_cut *cut, const struct xv_view *view);
 uint32_t gso_cut_next(struct gso_cut *cut, struct gso_room *room);
 /* The frame's own headers, as those of a segment that is all of it: with the pseudo-header's sum and IPv4's checksum. */
 void gso_whole_header(const struct xv_view *view, uint8_t header[GSO_HEADER_MAX]);
+/* Put a tag into the headers of a GSO frame, or take it out; the view's own bytes and lengths are tag.h's. */
+bool gso_push_tag(struct xv_view *view, uint16_t tci); /* false: they have no room */
+void gso_pop_tag(struct xv_view *view);
 /* Segments that have not been cut yet. */
 static inline uint32_t gso_cut_left(const struct gso_cut *cut)
 {

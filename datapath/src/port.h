@@ -16,9 +16,19 @@
 
 /* ---- guest (vhost.c) ---- */
 
+#define INGRESS_HEAD 18u /* Ethernet header and a tag */
+
+/* For what is judged of a guest's frames (ingress.c); a tag is put before the head. */
+struct ingress_room {
+	uint8_t heads[XV_BURST][24];
+	struct xv_seg segs[XV_BURST_SEGS + XV_BURST];
+	uint32_t nr, nr_segs;
+};
+
 struct call_ctx { /* what a worker lends to whoever delivers to guests */
 	const struct xv_vring *calling; /* being written to right now; the watchdog looks at it */
 	struct gso_room room;           /* for frames cut on the way, or joined before it */
+	struct ingress_room ingress;
 	bool unjoin; /* the first view not taken is a joined one, and is to come again as the frames it is made of */
 };
 

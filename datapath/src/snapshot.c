@@ -68,6 +68,13 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 	port->worker = conf->worker;
 	port->own_ctrl = conf->ctrl != XV_NO_RING;
 	port->rules = rules_of(conf);
+	if (conf->policy) {
+		int result = policy_new(at(conf->policy), &port->policy);
+
+		if (result)
+			return result;
+		port->gated = port->policy->access || port->policy->is_trunk || port->policy->flags & XV_POLICY_LINK_DOWN;
+	}
 	if (!port->guest || !conf->max_pairs || conf->max_pairs > port->guest->max_pairs ||
 	    conf->nr_rings > 2 * port->guest->max_pairs + 1)
 		return -EINVAL;
@@ -129,9 +136,20 @@ static int add_taps(struct snapshot *snap, uint32_t index, const struct xv_nic_c
 		struct duty *duty = &snap->duties[(index + q) % snap->nr_workers];
 
 		nic->taps[q] = ((struct xv_tapq *const *)at(conf->taps))[q];
-		duty->tap[duty->nr_tap++] = (struct tap_source){nic->taps[q], index, alone};
+		duty->tap[duty->nr_tap++] = (struct tap_source){.tap = nic->taps[q], .nic = index, .alone = alone};
 	}
 	return 0;
+}
+
+static void add_host_port(struct snapshot *snap, uint32_t index, struct xv_tapq *tap)
+{
+	const uint32_t worker = index % snap->nr_workers;
+	struct duty *duty = &snap->duties[worker];
+
+	snap->nics[index].host = tap;
+	if (tap)
+		duty->tap[duty->nr_tap++] = (struct tap_source){
+			.tap = tap, .nic = index, .is_host = true, .uplink = uplink_of(&snap->nics[index], worker, 0)};
 }
 
 static int add_nics(struct snapshot *snap, const struct xv_snapshot_conf *conf)
@@ -158,6 +176,7 @@ static int add_nics(struct snapshot *snap, const struct xv_snapshot_conf *conf)
 		if (!nic->queues)
 			return -ENOMEM;
 		memcpy(nic->queues, at(confs[i].queues), nic->nr_queues * sizeof(nic->queues[0]));
+		add_host_port(snap, i, (struct xv_tapq *)(uintptr_t)confs[i].host);
 		if (nic->mcast) {
 			struct duty *duty = &snap->duties[i % snap->nr_workers];
 
@@ -165,6 +184,11 @@ static int add_nics(struct snapshot *snap, const struct xv_snapshot_conf *conf)
 		}
 	}
 	return 0;
+}
+
+static bool port_exists(const struct snapshot *snap, uint32_t port)
+{
+	return port < snap->nr_ports || (port - XV_HOST_PORT < snap->nr_nics && snap->nics[port - XV_HOST_PORT].host);
 }
 
 static int add_macs(struct snapshot *snap, const struct xv_mac_conf *confs, uint32_t n)
@@ -184,8 +208,10 @@ static int add_macs(struct snapshot *snap, const struct xv_mac_conf *confs, uint
 		uint64_t key = mac_key(confs[i].mac, confs[i].vlan);
 		uint32_t slot = mac_slot(snap, key);
 
-		if (confs[i].guest >= snap->nr_ports || confs[i].mac[0] & 1 || mac_find(snap, key) != NO_PORT)
+		if (!port_exists(snap, confs[i].guest) || confs[i].mac[0] & 1 || mac_find(snap, key) != NO_PORT)
 			return -EINVAL;
+		if (confs[i].guest < snap->nr_ports && !snap->ports[confs[i].guest].mac)
+			snap->ports[confs[i].guest].mac = filter_word(confs[i].mac);
 		while (snap->macs[slot].key != MAC_EMPTY)
 			slot = (slot + 1) & snap->mac_mask;
 		snap->macs[slot] = (struct mac_entry){key, confs[i].guest};
@@ -205,7 +231,7 @@ static int make_duties(struct snapshot *snap, const struct xv_snapshot_conf *con
 		xsks += guests[i].nr_xsks;
 	}
 	for (uint32_t i = 0; i < conf->nr_nics; i++)
-		taps += nics[i].nr_taps;
+		taps += nics[i].nr_taps + !!nics[i].host;
 	for (uint32_t w = 0; w < snap->nr_workers; w++) {
 		struct duty *duty = &snap->duties[w];
 
@@ -256,8 +282,10 @@ void snapshot_free(struct snapshot *snap)
 {
 	if (!snap)
 		return;
-	for (uint32_t i = 0; snap->ports && i < snap->nr_ports; i++)
+	for (uint32_t i = 0; snap->ports && i < snap->nr_ports; i++) {
 		free(snap->ports[i].rx);
+		free(snap->ports[i].policy);
+	}
 	for (uint32_t i = 0; snap->nics && i < snap->nr_nics; i++) {
 		free(snap->nics[i].queues);
 		free(snap->nics[i].taps);

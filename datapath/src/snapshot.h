@@ -5,6 +5,7 @@
 #ifndef XV_SNAPSHOT_H
 #define XV_SNAPSHOT_H
 
+#include "policy.h"
 #include "port.h"
 
 #define NO_PORT UINT32_MAX /* not a guest here: the uplink */
@@ -16,6 +17,9 @@ struct port { /* a guest */
 	uint32_t join;        /* GSO_BITs that each of its receive rings takes over merged buffers */
 	bool own_ctrl;        /* the control virtqueue is ours, so pairs are switched on by it */
 	uint32_t rules;       /* what of its rx_rules counts: FILTER_BY_*, PORT_HASHES */
+	uint64_t mac;         /* filter_word() of its first address, 0: it has none */
+	struct policy *policy; /* NULL: nothing is checked */
+	bool gated;           /* what goes to it is looked at: it has only some VLANs, or is switched off */
 };
 
 #define PORT_HASHES 4u /* frames are hashed, if its rules say so */
@@ -26,6 +30,7 @@ struct nic {
 	struct xv_packet *mcast;
 	struct xv_tapq **taps;
 	uint32_t nr_taps;
+	struct xv_tapq *host; /* the host's own port among the guests, or NULL */
 };
 
 struct mac_entry {
@@ -66,6 +71,8 @@ struct tap_source {
 	struct xv_tapq *tap;
 	uint32_t nic;
 	bool alone; /* there is one guest at most on that NIC */
+	bool is_host; /* a host port, no way to the network */
+	struct uplink uplink; /* a host port's */
 };
 
 struct packet_source { /* where a guest's frames arrive without XDP */
@@ -114,6 +121,16 @@ static inline uint32_t mac_find(const struct snapshot *snap, uint64_t key)
 		if (snap->macs[at].key == MAC_EMPTY)
 			return NO_PORT;
 	}
+}
+
+/* Whose the address is in that VLAN; NO_PORT: nobody's here. */
+static inline uint32_t mac_owner(const struct snapshot *snap, const uint8_t mac[6], uint16_t vlan)
+{
+	uint32_t port = mac_find(snap, mac_key(mac, vlan));
+
+	if (unlikely(port == NO_PORT && vlan))
+		port = mac_find(snap, mac_key(mac, XV_VLAN_ANY));
+	return port;
 }
 
 /* 0 or -errno: -EINVAL when conf contradicts itself. Binds each vring to its guest's queue. */

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "switch.h"
 
-#include "nethdr.h"
+#include "ingress.h"
 
 #define TO_FLOOD (UINT32_MAX - 1)
+#define TO_NOBODY (UINT32_MAX - 2) /* it may not be sent, and has been counted */
 
 static void mark_dirty(struct dirty *dirty, struct xv_nicq *nicq)
 {
@@ -19,29 +20,15 @@ static void mark_dirty(struct dirty *dirty, struct xv_nicq *nicq)
 
 static uint32_t find_destination(const struct snapshot *snap, const struct xv_view *view)
 {
-	uint8_t copy[ETH_HEADER + 4];
+	uint8_t copy[TAGGED_HEADER];
 	const uint8_t *header = view->first.data;
-	uint16_t vlan = 0;
-	uint64_t key;
-	uint32_t port;
 
 	if (unlikely(view->first.len < sizeof(copy))) {
 		memset(copy, 0, sizeof(copy));
 		view_peek(view, copy, sizeof(copy));
 		header = copy;
 	}
-	if (header[0] & 1)
-		return TO_FLOOD;
-	/* as bpf/steer.bpf.c does: a service tag (802.1ad) is no VLAN of ours, but it is a tag */
-	if (unlikely(header[12] == 0x81 && header[13] == 0x00))
-		vlan = (uint16_t)((header[14] & 15) << 8 | header[15]);
-	else if (unlikely(header[12] == 0x88 && header[13] == 0xa8))
-		vlan = XV_VLAN_ANY;
-	key = mac_key(header, vlan);
-	port = mac_find(snap, key);
-	if (unlikely(port == NO_PORT && vlan))
-		port = mac_find(snap, mac_key(header, XV_VLAN_ANY));
-	return port;
+	return header[0] & 1 ? TO_FLOOD : mac_owner(snap, header, frame_vlan(header));
 }
 
 /* The receive ring of pair `hint`, of those below `n`, or the next one that is switched on. NULL: none is. */
@@ -163,6 +150,11 @@ static uint32_t to_pair(const struct port *port, uint32_t hint, const struct xv_
 	return done;
 }
 
+static bool is_access(const struct port *port)
+{
+	return port->policy && port->policy->access;
+}
+
 /* ---- guests that asked for more than all their frames in one queue ---- */
 
 static void hash_views(const struct rss *rss, const struct xv_view *const *views, uint32_t n)
@@ -175,13 +167,17 @@ static void hash_views(const struct rss *rss, const struct xv_view *const *views
 }
 
 /* The frames that a joined one is made of. Those that find no buffer are dropped. */
-static void one_by_one(struct xv_vring *vr, const struct rss *rss, const struct xv_view *joined, struct call_ctx *ctx)
+static void one_by_one(const struct port *port, struct xv_vring *vr, const struct rss *rss, const struct xv_view *joined,
+		       struct call_ctx *ctx)
 {
 	const struct xv_view *views[XV_BURST];
 	uint32_t n = 0;
 
 	for (uint32_t bytes = joined->hdr_len; bytes < joined->len; bytes += joined->parts[n++].len)
 		views[n] = joined->parts[n].view;
+	if (is_access(port)) /* the joined one has lost its tag, and these have not */
+		for (uint32_t i = 0; i < n; i++)
+			tag_pop((struct xv_view *)(uintptr_t)views[i]);
 	hash_views(rss, views, n);
 	ctx->unjoin = false;
 	switch_drop_stalled(vr, n - to_ring(vr, views, n, ctx));
@@ -218,7 +214,7 @@ static uint32_t by_table(const struct port *port, const struct rss *rss, const s
 			return taken;
 		}
 		while (unlikely(taken < nr && ctx->unjoin)) {
-			one_by_one(vr, rss, mine[taken++], ctx);
+			one_by_one(port, vr, rss, mine[taken++], ctx);
 			taken += to_ring(vr, mine + taken, nr - taken, ctx);
 		}
 		switch_drop_stalled(vr, frames_of(mine + taken, nr - taken));
@@ -263,15 +259,56 @@ static uint32_t by_rules(const struct port *port, uint32_t hint, const struct xv
 	return at[done];
 }
 
+static uint32_t to_port(const struct port *port, uint32_t hint, const struct xv_view *const *views, uint32_t n,
+			struct call_ctx *ctx, struct xv_vring **stalled)
+{
+	if (likely(!port->rules))
+		return to_pair(port, hint, views, n, ctx, stalled);
+	return by_rules(port, hint, views, n, ctx, stalled);
+}
+
+/*
+ * A guest that is in some VLANs only: those frames, and where it is an access port, without their tags. Afterwards they
+ * have them again: others may be given the same views, and those not done with are to be found as they were.
+ */
+static uint32_t to_gated(const struct port *port, uint32_t hint, const struct xv_view *const *views, uint32_t n,
+			 struct call_ctx *ctx, struct xv_vring **stalled)
+{
+	const bool access = is_access(port);
+	const struct xv_view *mine[XV_BURST];
+	uint32_t at[XV_BURST + 1], nr = 0, done = 0;
+
+	if (port->policy->flags & XV_POLICY_LINK_DOWN) {
+		drop_to_pair(port, hint, XV_DROP_LINK_DOWN, frames_of(views, n));
+		return n;
+	}
+	for (uint32_t i = 0; i < n; i++) {
+		struct xv_view *view = (struct xv_view *)(uintptr_t)views[i]; /* see view.h */
+
+		if (!policy_has_vlan(port->policy, view_vlan(view)) || (access && !tag_is_first(view)))
+			continue;
+		if (access)
+			view->tci = tag_pop(view);
+		at[nr] = i;
+		mine[nr++] = view;
+	}
+	at[nr] = n;
+	if (nr)
+		done = to_port(port, hint, mine, nr, ctx, stalled);
+	for (uint32_t i = 0; access && i < nr; i++)
+		tag_push((struct xv_view *)(uintptr_t)mine[i], mine[i]->tci);
+	return at[done];
+}
+
 uint32_t switch_to_guest(const struct snapshot *snap, uint32_t index, uint32_t hint, const struct xv_view *const *views,
 			 uint32_t n, struct call_ctx *ctx, struct xv_vring **stalled)
 {
 	const struct port *port = &snap->ports[index];
 
 	ctx->unjoin = false;
-	if (likely(!port->rules))
-		return to_pair(port, hint, views, n, ctx, stalled);
-	return by_rules(port, hint, views, n, ctx, stalled);
+	if (likely(!port->gated))
+		return to_port(port, hint, views, n, ctx, stalled);
+	return to_gated(port, hint, views, n, ctx, stalled);
 }
 
 static bool leads_nowhere(const struct uplink *uplink)
@@ -293,17 +330,10 @@ static bool send_whole(const struct uplink *uplink, const struct xv_view *view, 
 			      tap_tx_gso(uplink->tap, view, max_len, drops);
 }
 
-static void to_uplink(const struct snapshot *snap, const struct origin *from, const struct xv_view *const *views, uint32_t n,
-		      struct call_ctx *ctx, struct dirty *dirty)
+/* Frames out of the switch, GSO frames whole where that is possible. */
+static void send_out(const struct uplink *to, const struct xv_view *const *views, uint32_t n, uint32_t max_len,
+		     uint64_t *drops, struct call_ctx *ctx)
 {
-	const uint32_t max_len = snap->nics[from->nic].max_len;
-
-	if (!from->drops)
-		return; /* came from the NIC: it has been on that wire */
-	if (unlikely(leads_nowhere(&from->uplink))) {
-		count(from->drops[XV_DROP_NO_UPLINK], n);
-		return;
-	}
 	for (uint32_t i = 0, run; i < n; i += run) {
 		struct gso_cut cut;
 		uint32_t segments;
@@ -311,39 +341,78 @@ static void to_uplink(const struct snapshot *snap, const struct origin *from, co
 		for (run = 0; i + run < n && !views[i + run]->gso_type; run++)
 			;
 		if (likely(run)) {
-			send_burst(&from->uplink, views + i, run, max_len, from->drops);
+			send_burst(to, views + i, run, max_len, drops);
 			continue;
 		}
 		run = 1;
-		if (send_whole(&from->uplink, views[i], max_len, from->drops))
+		if (send_whole(to, views[i], max_len, drops))
 			continue;
 		gso_cut_init(&cut, views[i]);
 		while ((segments = gso_cut_next(&cut, &ctx->room))) {
-			if (send_burst(&from->uplink, ctx->room.list, segments, max_len, from->drops) ||
-			    !from->uplink.nicq || load_once(&from->uplink.nicq->nr_free))
+			if (send_burst(to, ctx->room.list, segments, max_len, drops) || !to->nicq || load_once(&to->nicq->nr_free))
 				continue;
 			/* no frame was free for any of them, nor is one for the rest */
-			count(from->drops[XV_DROP_NO_FRAMES], gso_cut_left(&cut));
+			count(drops[XV_DROP_NO_FRAMES], gso_cut_left(&cut));
 			break;
 		}
 	}
+}
+
+static void to_uplink(const struct snapshot *snap, const struct origin *from, const struct xv_view *const *views, uint32_t n,
+		      struct call_ctx *ctx, struct dirty *dirty)
+{
+	if (!from->drops)
+		return; /* came from the NIC: it has been on that wire */
+	if (unlikely(leads_nowhere(&from->uplink))) {
+		count(from->drops[XV_DROP_NO_UPLINK], n);
+		return;
+	}
+	send_out(&from->uplink, views, n, snap->nics[from->nic].max_len, from->drops, ctx);
 	if (likely(from->uplink.nicq))
 		mark_dirty(dirty, from->uplink.nicq);
+}
+
+void switch_to_host(const struct snapshot *snap, uint32_t nic, const struct xv_view *const *views, uint32_t n,
+		    uint64_t *drops, struct call_ctx *ctx)
+{
+	const struct uplink host = {.tap = snap->nics[nic].host};
+	uint64_t lost[XV_DROP_MAX] = {0}, sum = 0;
+
+	send_out(&host, views, n, snap->nics[nic].max_len, drops ? drops : lost, ctx);
+	for (uint32_t i = 0; i < XV_DROP_MAX; i++)
+		sum += lost[i];
+	if (sum)
+		__atomic_fetch_add(&host.tap->counters.tx_dropped, sum, __ATOMIC_RELAXED);
+}
+
+static uint32_t nic_of(const struct snapshot *snap, uint32_t port)
+{
+	return port < snap->nr_ports ? snap->ports[port].nic : port - XV_HOST_PORT;
+}
+
+/* A guest that only talks to the NIC. */
+static bool is_isolated(const struct snapshot *snap, uint32_t port)
+{
+	return port < snap->nr_ports && snap->ports[port].policy && snap->ports[port].policy->flags & XV_POLICY_ISOLATED;
 }
 
 static void flood(const struct snapshot *snap, const struct origin *from, const struct xv_view *const *views, uint32_t n,
 		  struct call_ctx *ctx, struct dirty *dirty)
 {
-	for (uint32_t i = 0; i < snap->nr_ports; i++) {
+	const bool alone = is_isolated(snap, from->port), from_nic = from->port == NO_PORT;
+
+	for (uint32_t i = 0; i < snap->nr_ports && !alone; i++) {
 		struct xv_vring *stalled = NULL;
 		uint32_t done;
 
-		if (i == from->port || snap->ports[i].nic != from->nic)
+		if (i == from->port || snap->ports[i].nic != from->nic || (!from_nic && is_isolated(snap, i)))
 			continue;
 		done = switch_to_guest(snap, i, from->hint, views, n, ctx, &stalled);
 		if (stalled)
 			switch_drop_stalled(stalled, n - done);
 	}
+	if (snap->nics[from->nic].host && from->port != host_port(from->nic) && !alone)
+		switch_to_host(snap, from->nic, views, n, from->drops, ctx);
 	if (!leads_nowhere(&from->uplink))
 		to_uplink(snap, from, views, n, ctx, dirty);
 }
@@ -354,8 +423,14 @@ static uint32_t forward(const struct snapshot *snap, const struct origin *from, 
 {
 	if (to == TO_FLOOD) {
 		flood(snap, from, views, n, ctx, dirty);
-	} else if (to == NO_PORT || snap->ports[to].nic != from->nic || to == from->port) {
+	} else if (unlikely(to == TO_NOBODY)) {
+		return n;
+	} else if (to == NO_PORT || nic_of(snap, to) != from->nic || to == from->port) {
 		to_uplink(snap, from, views, n, ctx, dirty);
+	} else if (unlikely(from->port != NO_PORT && (is_isolated(snap, from->port) || is_isolated(snap, to)))) {
+		count(from->drops[XV_DROP_ISOLATED], n);
+	} else if (unlikely(to == host_port(from->nic))) {
+		switch_to_host(snap, from->nic, views, n, from->drops, ctx);
 	} else {
 		return switch_to_guest(snap, to, from->hint, views, n, ctx, stalled);
 	}
@@ -370,8 +445,14 @@ uint32_t switch_burst(const struct snapshot *snap, const struct origin *from, st
 	uint32_t left;
 
 	*stalled = NULL;
+	ingress_begin(&ctx->ingress);
 	for (uint32_t i = 0; i < burst->nr; i++) {
-		burst->views[i].to = find_destination(snap, &burst->views[i]);
+		struct xv_view *view = &burst->views[i];
+
+		if (likely(from->judged) && unlikely(!ingress_admits(snap, from, view, &ctx->ingress)))
+			view->to = TO_NOBODY;
+		else
+			view->to = find_destination(snap, view);
 		same &= burst->views[i].to == burst->views[0].to;
 		views[i] = &burst->views[i];
 	}

@@ -15,12 +15,19 @@ struct dirty {
 
 /* Where a burst comes from. */
 struct origin {
-	uint32_t port;          /* NO_PORT: from a NIC */
+	uint32_t port;          /* a guest, a host_port(), or NO_PORT: from a NIC */
 	uint32_t nic;
 	uint32_t hint;          /* queue it came in on: frames of one flow keep to one queue */
 	struct uplink uplink;   /* nowhere: there is none, or the burst came from there */
-	uint64_t *drops;        /* of the sending guest; NULL for a NIC */
+	uint64_t *drops;        /* of the sending guest or host port; NULL for a NIC */
+	bool judged;            /* a guest with a policy: its frames are looked at first */
 };
+
+/* The host port of a NIC, as a port beside the guests. */
+static inline uint32_t host_port(uint32_t nic)
+{
+	return XV_HOST_PORT + nic;
+}
 
 /*
  * Forward a burst by its destination addresses; answers how many views, from the first on, are done with. Fewer than
@@ -31,6 +38,9 @@ uint32_t switch_burst(const struct snapshot *snap, const struct origin *from, st
 /* Forward a burst that XDP has already found to be for one guest. The same answer. */
 uint32_t switch_to_guest(const struct snapshot *snap, uint32_t port, uint32_t hint, const struct xv_view *const *views,
 			 uint32_t n, struct call_ctx *ctx, struct xv_vring **stalled);
+/* Frames for the NIC's host port, which there is. `drops`: of who sent them, NULL for the NIC. */
+void switch_to_host(const struct snapshot *snap, uint32_t nic, const struct xv_view *const *views, uint32_t n,
+		    uint64_t *drops, struct call_ctx *ctx);
 /* Count frames that were for a guest (its place in the snapshot) and were dropped. */
 void switch_drop(const struct snapshot *snap, uint32_t port, uint32_t hint, enum xv_drop why, uint32_t n);
 /* GSO_BITs of what frames from a NIC may be joined to before they are switched to this guest. */

@@ -37,6 +37,7 @@ struct xv_view {
 	uint16_t gso_size, hdr_len;       /* payload of a segment, and bytes of headers: only with a gso_type */
 	uint8_t flags, gso_type;          /* gso_type: VIRTIO_NET_HDR_GSO_*, never without VIEW_NEEDS_CSUM */
 	uint32_t to; /* destination, by the switch */
+	uint16_t tci; /* of the tag that was taken out for the guest that it is just being delivered to */
 	/*
 	 * For the guest that the frame is just being delivered to, if it negotiated VIRTIO_NET_F_HASH_REPORT: set again for
 	 * each one, by the switch, whoever else may only look.

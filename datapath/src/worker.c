@@ -139,8 +139,9 @@ static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct 
 		/* disabled transmit rings are emptied, not stopped (vhost-user, "Ring states") */
 		count(vr->queue->tx.drops[XV_DROP_DISABLED], done);
 	} else {
-		const struct origin from = {source->port, snap->ports[source->port].nic, source->pair, source->uplink,
-					    vr->queue->tx.drops};
+		const struct port *port = &snap->ports[source->port];
+		const struct origin from = {source->port, port->nic, source->pair, source->uplink, vr->queue->tx.drops,
+					    port->policy};
 
 		done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
 	}
@@ -163,6 +164,12 @@ static bool poll_ctrl(struct worker *w, const struct ctrl_source *source)
 	return !guest_faulted(source->vring->guest) && ctrlq_poll(w, source);
 }
 
+/* What a guest may be given straight out of the socket: nothing whose tag is to be taken out on the way. */
+static uint32_t peeks(const struct port *port)
+{
+	return port->gated ? 0 : switch_joins(port);
+}
+
 /* Frames for one guest by a packet socket. Those that it has no buffers for wait, in the slots and in the socket. */
 static bool poll_packet(struct worker *w, const struct snapshot *snap, const struct packet_source *source)
 {
@@ -173,7 +180,7 @@ static bool poll_packet(struct worker *w, const struct snapshot *snap, const str
 
 	if (likely(!stalled || !vring_usable(stalled) || vring_has_buffers(stalled))) {
 		stalled = NULL;
-		packet_rx_burst(socket, &w->burst, switch_joins(&snap->ports[source->port]));
+		packet_rx_burst(socket, &w->burst, peeks(&snap->ports[source->port]));
 		for (uint32_t i = 0; i < w->burst.nr; i++)
 			views[i] = &w->burst.views[i];
 		if (w->burst.nr)
@@ -193,8 +200,14 @@ static bool poll_packet(struct worker *w, const struct snapshot *snap, const str
  */
 static bool poll_tap(struct worker *w, const struct snapshot *snap, const struct tap_source *source)
 {
-	const struct origin from = {.port = NO_PORT, .nic = source->nic, .hint = source->tap->queue};
 	struct xv_tapq *tap = source->tap;
+	const struct origin from = {
+		.port = source->is_host ? host_port(source->nic) : NO_PORT,
+		.nic = source->nic,
+		.hint = tap->queue,
+		.uplink = source->uplink,
+		.drops = source->is_host ? tap->counters.drops : NULL,
+	};
 	struct xv_vring *stalled = NULL, *was = tap->stalled_on;
 	uint32_t done, unclaimed = 0;
 	uint64_t dropped;
@@ -214,7 +227,7 @@ static bool poll_tap(struct worker *w, const struct snapshot *snap, const struct
 		done = w->burst.nr;
 		stalled = NULL;
 	}
-	for (uint32_t i = 0; i < done; i++)
+	for (uint32_t i = 0; !source->is_host && i < done; i++)
 		unclaimed += w->burst.views[i].to == NO_PORT;
 	if (unclaimed)
 		count(tap->counters.rx_unclaimed, unclaimed);
@@ -259,9 +272,9 @@ static void make_rarp(uint8_t frame[RARP_BYTES], const uint8_t *mac)
 
 static void announce(struct worker *w, const struct snapshot *snap, const struct tx_source *source)
 {
-	struct xv_guest *guest = snap->ports[source->port].guest;
-	const struct origin from = {source->port, snap->ports[source->port].nic, 0, source->uplink,
-				    source->vring->queue->tx.drops};
+	const struct port *port = &snap->ports[source->port];
+	struct xv_guest *guest = port->guest;
+	const struct origin from = {source->port, port->nic, 0, source->uplink, source->vring->queue->tx.drops, port->policy};
 	uint64_t asked = __atomic_exchange_n(&guest->announce, 0, __ATOMIC_ACQ_REL);
 	uint8_t frame[RARP_BYTES];
 	struct xv_vring *stalled;

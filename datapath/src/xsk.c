@@ -305,8 +305,12 @@ uint32_t nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views,
 			count(drops[XV_DROP_NO_FRAMES], 1);
 			continue;
 		}
-		if (likely(!view->nr_more && !view->flags && view->len <= room)) {
-			xv_copy(nicq->umem + nicq->free[nicq->nr_free - 1] + nicq->head, view->first.data, view->first.len);
+		if (likely(view->nr_more <= 1 && !view->flags && view->len <= room)) {
+			uint8_t *to = nicq->umem + nicq->free[nicq->nr_free - 1] + nicq->head;
+
+			xv_copy(to, view->first.data, view->first.len);
+			if (view->nr_more) /* behind a head of ours: ingress.c */
+				xv_copy(to + view->first.len, view->more[0].data, view->more[0].len);
 			queue_piece(nicq, view->len, 0);
 			copied += view->len;
 		} else {

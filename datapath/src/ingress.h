@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Where a guest's frames come into the switch: may it send this one, and in which VLAN?
+ *
+ * The guest may change a frame at any moment. So the bytes that are judged are copied first, into a head of our own, and
+ * the view is made of that head and of what follows it in the guest's memory: what is sent on is what was judged. That
+ * is 18 bytes a frame, not a copy of it.
+ */
+#ifndef XV_INGRESS_H
+#define XV_INGRESS_H
+
+#include "snapshot.h"
+#include "tag.h"
+
+struct origin;
+
+/* Forget the heads of the last burst. */
+static inline void ingress_begin(struct ingress_room *room)
+{
+	room->nr = room->nr_segs = 0;
+}
+
+/*
+ * Give the view a head, and judge it. False: it is not to go on, and that is counted in from->drops. Else
+ * view->first.data has TAGGED_HEADER bytes of our own, fewer only if the frame has no more.
+ */
+bool ingress_admits(const struct snapshot *snap, const struct origin *from, struct xv_view *view, struct ingress_room *room);
+
+#endif
