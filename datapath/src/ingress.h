@@ -14,16 +14,12 @@
 
 struct origin;
 
-/* Forget the heads of the last burst. */
-static inline void ingress_begin(struct ingress_room *room)
-{
-	room->nr = room->nr_segs = 0;
-}
-
 /*
- * Give the view a head, and judge it. False: it is not to go on, and that is counted in from->drops. Else
- * view->first.data has TAGGED_HEADER bytes of our own, fewer only if the frame has no more.
+ * Give each view of a burst a head, and judge it: one that is not to go on is VIEW_REFUSED, and counted in from->drops.
+ * The others' view->first.data has TAGGED_HEADER bytes of our own, fewer only if the frame has no more. Answers how many
+ * were refused.
  */
-bool ingress_admits(const struct snapshot *snap, const struct origin *from, struct xv_view *view, struct ingress_room *room);
+uint32_t ingress_burst(const struct snapshot *snap, const struct origin *from, struct xv_burst *burst,
+		       struct ingress_room *room);
 
 #endif

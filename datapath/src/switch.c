@@ -18,17 +18,30 @@ static void mark_dirty(struct dirty *dirty, struct xv_nicq *nicq)
 	dirty->queues[dirty->nr++] = nicq;
 }
 
-static uint32_t find_destination(const struct snapshot *snap, const struct xv_view *view)
+/* The last address that was looked up: the frames of a burst mostly go to the same. */
+struct lookup {
+	uint64_t key;
+	uint32_t port;
+};
+
+static inline always_inline uint32_t find_destination(const struct snapshot *snap, const struct xv_view *view,
+						      struct lookup *last)
 {
 	uint8_t copy[TAGGED_HEADER];
 	const uint8_t *header = view->first.data;
+	uint16_t vlan;
+	uint64_t key;
 
 	if (unlikely(view->first.len < sizeof(copy))) {
 		memset(copy, 0, sizeof(copy));
 		view_peek(view, copy, sizeof(copy));
 		header = copy;
 	}
-	return header[0] & 1 ? TO_FLOOD : mac_owner(snap, header, frame_vlan(header));
+	vlan = frame_vlan(header);
+	key = mac_key(header, vlan);
+	if (key != last->key)
+		*last = (struct lookup){key, header[0] & 1 ? TO_FLOOD : mac_owner(snap, header, vlan)};
+	return last->port;
 }
 
 /* The receive ring of pair `hint`, of those below `n`, or the next one that is switched on. NULL: none is. */
@@ -437,25 +450,35 @@ static uint32_t forward(const struct snapshot *snap, const struct origin *from, 
 	return n;
 }
 
+/* Where each frame goes; whether it is the same place for all. */
+static inline always_inline bool find_all(const struct snapshot *snap, struct xv_burst *burst, const struct xv_view **views,
+					  const bool some_refused)
+{
+	struct lookup last = {MAC_EMPTY, TO_FLOOD}; /* a group, if it were one */
+	bool same = true;
+
+	for (uint32_t i = 0; i < burst->nr; i++) {
+		struct xv_view *view = &burst->views[i];
+
+		view->to = some_refused && view->flags & VIEW_REFUSED ? TO_NOBODY : find_destination(snap, view, &last);
+		same &= view->to == burst->views[0].to;
+		views[i] = view;
+	}
+	return same;
+}
+
 uint32_t switch_burst(const struct snapshot *snap, const struct origin *from, struct xv_burst *burst, struct call_ctx *ctx,
 		      struct dirty *dirty, struct xv_vring **stalled)
 {
 	const struct xv_view *views[XV_BURST];
-	bool same = true;
 	uint32_t left;
+	bool same;
 
 	*stalled = NULL;
-	ingress_begin(&ctx->ingress);
-	for (uint32_t i = 0; i < burst->nr; i++) {
-		struct xv_view *view = &burst->views[i];
-
-		if (likely(from->judged) && unlikely(!ingress_admits(snap, from, view, &ctx->ingress)))
-			view->to = TO_NOBODY;
-		else
-			view->to = find_destination(snap, view);
-		same &= burst->views[i].to == burst->views[0].to;
-		views[i] = &burst->views[i];
-	}
+	if (from->judged && unlikely(ingress_burst(snap, from, burst, &ctx->ingress)))
+		same = find_all(snap, burst, views, true);
+	else
+		same = find_all(snap, burst, views, false);
 	if (likely(same && burst->nr))
 		return forward(snap, from, burst->views[0].to, views, burst->nr, ctx, dirty, stalled);
 

@@ -26,6 +26,7 @@ struct xv_packet; /* port.h */
 
 #define VIEW_NEEDS_CSUM 1u /* the checksum at csum_start + csum_offset holds only the pseudo-header's sum */
 #define VIEW_SOCKET 4u     /* all of the frame still waits in `socket`, and `first` is a copy of its leading bytes */
+#define VIEW_REFUSED 8u    /* not to be forwarded, and counted as dropped */
 #define VIEW_VERIFY 2u     /* joined from frames whose checksums are to be verified while they are copied */
 
 struct xv_view {

@@ -305,7 +305,7 @@ uint32_t nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views,
 			count(drops[XV_DROP_NO_FRAMES], 1);
 			continue;
 		}
-		if (likely(view->nr_more <= 1 && !view->flags && view->len <= room)) {
+		if (view->nr_more <= 1 && likely(!view->flags && view->len <= room)) {
 			uint8_t *to = nicq->umem + nicq->free[nicq->nr_free - 1] + nicq->head;
 
 			xv_copy(to, view->first.data, view->first.len);

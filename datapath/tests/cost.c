@@ -3,7 +3,8 @@
  * What a frame costs the worker: `make cost` counts instructions (callgrind), which say the same on every run, and the
  * program alone prints cycles. Kernel and guest are played here and not counted: only worker_turn() is.
  *
- *     build/cost WAY BYTES ROUNDS    WAY: in (NIC to guest) or out (guest to NIC)
+ *     build/cost WAY BYTES ROUNDS [POLICY]    WAY: in (NIC to guest) or out (guest to NIC)
+ *                                             POLICY: checked (source addresses), access (that and a VLAN)
  */
 #include "harness.h"
 
@@ -26,16 +27,24 @@ int main(int argc, char **argv)
 	uint64_t cycles = 0, frames;
 	struct driver *d;
 	struct ring *r;
+	const struct xv_policy_conf checked = {.flags = XV_POLICY_SPOOF_CHECK}, access = {.flags = 1, .access = 10};
+	const char *policy = argc > 4 ? argv[4] : "";
 	struct world w;
 
 	CHECK(len >= 14 && len <= CHUNK - 256);
 	world_init(&w, 1, FEATURES | 1ull << VIRTIO_NET_F_MRG_RXBUF, RING, 0);
+	if (*policy) {
+		w.policies[0] = !strcmp(policy, "access") ? &access : &checked;
+		world_publish(&w);
+	}
 	d = &w.guests[0];
 	r = &d->ring[in ? 0 : 1];
 	if (in) {
 		for (uint32_t i = 0; i < RING; i++)
 			ring_buffer(d, r, 1526, VRING_DESC_F_WRITE);
 		make_frame(frame, len, d->mac, (uint8_t[]){2, 0, 0, 0, 0, 9}, 1);
+		if (w.policies[0] && w.policies[0]->access)
+			memcpy(frame + 12, (uint8_t[]){0x81, 0, 0, 10}, 4);
 	} else {
 		make_frame(frame, len, (uint8_t[]){2, 0, 0, 0, 0, 9}, d->mac, 1);
 		for (uint32_t i = 0; i < XV_BURST; i++)
@@ -55,7 +64,7 @@ int main(int argc, char **argv)
 	}
 	frames = in ? w.guests[0].guest->queues[0].rx.packets : w.nic.nicq->counters.tx_packets;
 	CHECK_EQ(frames, (uint64_t)rounds * XV_BURST);
-	printf("%s %u bytes: %llu cycles a frame\n", in ? "in" : "out", len, (unsigned long long)(cycles / frames));
+	printf("%s %u bytes%s%s: %llu cycles a frame\n", in ? "in" : "out", len, *policy ? " " : "", policy, (unsigned long long)(cycles / frames));
 	world_free(&w);
 	return 0;
 }

@@ -299,20 +299,50 @@ struct world {
 	struct nic_side nic;
 	struct xv_packet *packet; /* the first guest's frames come by it, too */
 	struct xv_tapq *tap;     /* instead of the NIC queue */
+	struct xv_tapq *host;    /* the host's port */
+	const struct xv_policy_conf *policies[3];
 	uint32_t nr_guests, mtu; /* mtu 0: 1500 */
 };
+
+static const uint8_t host_mac[6] = {0x52, 0x54, 0, 0, 0xff, 1};
+
+#define HARNESS_VLANS 64
+
+/* The pool of a guest with one address: how many entries. */
+static inline uint32_t macs_of(struct xv_mac_conf *macs, const struct xv_policy_conf *policy, const uint8_t *mac, uint32_t guest)
+{
+	const uint64_t *trunk = policy ? (const uint64_t *)(uintptr_t)policy->trunk : NULL;
+	uint16_t vlans[HARNESS_VLANS] = {0, XV_VLAN_ANY};
+	uint32_t n = 2;
+
+	if (trunk) {
+		n = 0;
+		for (uint16_t v = 1; v < 4095; v++)
+			if (trunk[v / 64] >> v % 64 & 1 && n < HARNESS_VLANS)
+				vlans[n++] = v;
+	} else if (policy && policy->access) {
+		vlans[0] = (uint16_t)policy->access;
+		n = 1;
+	}
+	for (uint32_t i = 0; i < n; i++) {
+		memcpy(macs[i].mac, mac, 6);
+		macs[i].vlan = vlans[i];
+		macs[i].guest = guest;
+	}
+	return n;
+}
 
 static inline void world_publish(struct world *w)
 {
 	struct xv_guest_conf guests[3];
-	struct xv_mac_conf macs[6];
+	struct xv_mac_conf macs[3 * HARNESS_VLANS + 2];
+	uint32_t nr_macs = 0;
 	struct xv_vring *rings[3][5];
 	struct xv_nicq *queues[1] = {w->nic.nicq};
 	struct xv_xsk *xsks[1] = {w->nic.xsk};
 	struct xv_nic_conf nic = {.queues = (uintptr_t)queues, .nr_queues = !w->tap, .taps = (uintptr_t)&w->tap,
-				  .nr_taps = w->tap != NULL, .mtu = w->mtu ? w->mtu : 1500};
-	struct xv_snapshot_conf conf = {(uintptr_t)guests, (uintptr_t)&nic, (uintptr_t)macs, w->nr_guests, 1,
-					2 * w->nr_guests, 0};
+				  .nr_taps = w->tap != NULL, .host = (uintptr_t)w->host, .mtu = w->mtu ? w->mtu : 1500};
+	struct xv_snapshot_conf conf = {(uintptr_t)guests, (uintptr_t)&nic, (uintptr_t)macs, w->nr_guests, 1, 0, 0};
 
 	for (uint32_t i = 0; i < w->nr_guests; i++) {
 		struct driver *d = &w->guests[i];
@@ -328,15 +358,15 @@ static inline void world_publish(struct world *w)
 			.packet = i == 0 ? (uintptr_t)w->packet : 0,
 			.nr_xsks = i == 0 && !w->tap, /* the NIC's frames are the first guest's */
 			.features = d->features,
+			.policy = (uintptr_t)w->policies[i],
 			.ctrl = ctrl ? 4 : XV_NO_RING,
 			.max_pairs = ctrl ? 2 : 1,
 		};
-		for (int v = 0; v < 2; v++) {
-			memcpy(macs[2 * i + (uint32_t)v].mac, d->mac, 6);
-			macs[2 * i + (uint32_t)v].vlan = v ? XV_VLAN_ANY : 0;
-			macs[2 * i + (uint32_t)v].guest = i;
-		}
+		nr_macs += macs_of(&macs[nr_macs], w->policies[i], d->mac, i);
 	}
+	if (w->host)
+		nr_macs += macs_of(&macs[nr_macs], NULL, host_mac, XV_HOST_PORT);
+	conf.nr_macs = nr_macs;
 	CHECK_EQ(xv_publish(w->dp, &conf), 0);
 }
 

@@ -60,7 +60,7 @@ def test_xdp_and_none(tmp_path: Path) -> None:
             for size in (64, 1500):
                 found = figures[rate(way, size)]
                 assert found["rate"]["repeats"] == 1, found
-                assert float(str(found["rate"]["median"])) > 500, found
+                assert float(str(found["rate"]["median"])) > 100, found
                 assert float(str(found["cycles"]["median"])) > 50, found
         for load in (LOW, HIGH):
             found = figures[latency(load)]
