@@ -84,7 +84,14 @@ def main(verbose: bool) -> None:
 
 
 @main.command()
-@click.option("--iface", required=True, metavar="IF", help="The interface that the guests share with the host.")
+@click.option(
+    "--iface",
+    "ifaces",
+    required=True,
+    multiple=True,
+    metavar="IF",
+    help="The interface that the guests share with the host. Repeatable in mode xdp: guests are spread over them.",
+)
 @click.option("--guest", "guests", multiple=True, metavar="SPEC", help=f"A guest: {config.SPEC_SYNTAX}. Repeatable.")
 @run_dir_option
 @click.option(
@@ -156,7 +163,7 @@ def main(verbose: bool) -> None:
 @click.pass_context
 def up(
     context: click.Context,
-    iface: str,
+    ifaces: tuple[str, ...],
     guests: tuple[str, ...],
     run_dir: Path,
     metrics: str,
@@ -181,7 +188,7 @@ def up(
     given = click.core.ParameterSource.COMMANDLINE
     config.check_options(mode, serve, [name for name in context.params if context.get_parameter_source(name) is given])
     wanted = config.UpConfig(
-        iface=iface,
+        ifaces=config.check_ifaces(ifaces, mode),
         guests=config.parse_guests(guests, run_dir, mode),
         run_dir=run_dir,
         metrics=config.parse_metrics(metrics),

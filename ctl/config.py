@@ -44,8 +44,10 @@ RESERVED_NAMES = frozenset({"api"})  # RUN_DIR/api.sock is the daemon's own
 
 COMMON_KEYS = ("name", "mac", "queues")
 SOCKET_KEYS = ("socket", "socket-mode", "mac-change")
-SPEC_KEYS = COMMON_KEYS + SOCKET_KEYS  # of mode xdp; MODE_KEYS are the others'
-SPEC_SYNTAX = "name=NAME,mac=MAC[,queues=N][,socket=PATH][,socket-mode=server|client][,mac-change=deny|allow]"
+SPEC_KEYS = (*COMMON_KEYS, *SOCKET_KEYS, "iface")  # of mode xdp; MODE_KEYS are the others'
+SPEC_SYNTAX = (
+    "name=NAME,mac=MAC[,queues=N][,iface=IF][,socket=PATH][,socket-mode=server|client][,mac-change=deny|allow]"
+)
 _TAP_KEYS = {"tap": "NAME", "owner": "USER", "group": "GROUP", "address": "IP[+IP…]"}
 _NODE_KEYS = {"tap": "NAME", "owner": "USER", "group": "GROUP"}
 # The keys that each other mode adds to COMMON_KEYS, and what their values are like. ctl/modes/MODE.py checks them.
@@ -96,6 +98,7 @@ class GuestSpec:
 
     `socket_mode` says what xdpvhost does with the socket: "server" listens there, "client" connects to it.
     `mac_change` says whether the guest may listen to other unicast addresses than `mac`.
+    `iface` is the interface that it is served on, one of those that `up` was given; None: xdpvhost chooses.
     `keys` are the values of its mode's own SPEC keys, as they were given; the mode's file says what they mean.
     """
 
@@ -105,6 +108,7 @@ class GuestSpec:
     socket: Path
     socket_mode: SocketMode = "server"
     mac_change: MacChange = "deny"
+    iface: str | None = None
     mode: Mode = "xdp"
     keys: tuple[tuple[str, str], ...] = ()
 
@@ -124,9 +128,9 @@ class MetricsAddress:
 
 @dataclass(frozen=True)
 class UpConfig:
-    """All that `xdpvhost up` was asked for."""
+    """All that `xdpvhost up` was asked for. Several interfaces: in mode xdp only."""
 
-    iface: str
+    ifaces: tuple[str, ...]
     guests: tuple[GuestSpec, ...] = ()
     run_dir: Path = DEFAULT_RUN_DIR
     metrics: MetricsAddress | None = None
@@ -142,6 +146,15 @@ class UpConfig:
     macvtap_mode: MacvtapMode = "bridge"
     pin_vhost: tuple[int, ...] = ()  # CPUs
     vfs: int | None = None  # None: those that there are, or one a guest
+
+    @property
+    def iface(self) -> str:
+        """The one interface, or all of them for a message."""
+        return ", ".join(self.ifaces)
+
+    def words(self, one: str, several: str) -> str:
+        """A clause about the interface, or about all of them."""
+        return f"{self.iface} {one if len(self.ifaces) == 1 else several}"
 
 
 def format_mac(mac: bytes) -> str:
@@ -216,6 +229,7 @@ def parse_guest(text: str, run_dir: Path = DEFAULT_RUN_DIR, mode: Mode = "xdp") 
         socket=check_socket(socket, what),
         socket_mode="client" if wanted == "client" else "server",
         mac_change="allow" if change == "allow" else "deny",
+        iface=values.get("iface"),
         mode=mode,
         keys=tuple((key, value) for key, value in values.items() if key not in SPEC_KEYS),
     )
@@ -232,6 +246,7 @@ def format_guest(spec: GuestSpec) -> str:
     if "socket" in spec_keys(spec.mode):
         text += f",socket={spec.socket},socket-mode={spec.socket_mode}"
         text += ",mac-change=allow" if spec.mac_change == "allow" else ""
+        text += f",iface={spec.iface}" if spec.iface is not None else ""
     return text + "".join(f",{key}={value}" for key, value in spec.keys)
 
 
@@ -291,7 +306,7 @@ def parse_guests(texts: Sequence[str], run_dir: Path, mode: Mode = "xdp") -> tup
         specs.append(spec)
     if len(specs) > MAX_GUESTS:
         raise ConfigError(
-            f"{len(specs)} guests are asked for, one interface serves {MAX_GUESTS}; use another NIC or VF"
+            f"{len(specs)} guests are asked for, one daemon serves {MAX_GUESTS}; run another one for other interfaces"
         )
     return tuple(specs)
 
@@ -301,6 +316,19 @@ def check_run_dir(path: Path) -> Path:
     absolute = path.absolute()
     check_socket(absolute / API_SOCKET, f"--run-dir {path}")
     return absolute
+
+
+def check_ifaces(ifaces: Sequence[str], mode: Mode) -> tuple[str, ...]:
+    """The interfaces of one daemon. Raises ConfigError: one given twice, or several in a mode that serves one."""
+    for name in ifaces:
+        if ifaces.count(name) > 1:
+            raise ConfigError(f"--iface {name}: is given twice; give it once")
+    if len(ifaces) > 1 and mode != "xdp":
+        raise ConfigError(
+            f"--iface {ifaces[1]}: mode {mode} serves one interface; run another daemon for it, with a --run-dir "
+            "of its own"
+        )
+    return tuple(ifaces)
 
 
 def parse_metrics(text: str) -> MetricsAddress | None:
@@ -346,7 +374,7 @@ def wishes(config: UpConfig, guests: Iterable[GuestSpec]) -> dict[str, Any]:
             values[name] = list(value)
         elif not isinstance(value, str | int | None):
             values[name] = str(value)
-    return values | {"guests": sorted(map(format_guest, guests))}
+    return values | {"ifaces": sorted(config.ifaces), "guests": sorted(map(format_guest, guests))}
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ workers (ctl/datapath.py) and the metrics server, which only reads counters (ctl
 keeps them alive).
 
 Coming up goes strictly outside in, and each step registers how it is undone before the next begins: run directory,
-interface, what a killed predecessor left, the service with its guests, API, metrics. Only then READY=1.
+interfaces, what a killed predecessor left, the service with its guests, API, metrics. Only then READY=1.
 Going down (SIGTERM, SIGINT, the API's `down`, or a failure while coming up) undoes the same steps from the inside out,
 so the NIC is given back exactly as it was. SIGKILL skips all that; the journal in the run directory remembers what
 changed on the host, and the next `up` or `clean` undoes it first, or the next `up` takes it over.
@@ -34,7 +34,7 @@ from .errors import NicError, XdpvhostError
 from .links.journal import Entry, Journal
 from .links.undo import handlers
 from .notify import notify
-from .rundir import InterfaceLock, RunDir, RunDirTaken, remove_stale_sockets
+from .rundir import InterfaceLocks, RunDir, RunDirTaken, remove_stale_sockets
 from .service import Service, service_for
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ ASK_TIMEOUT = 5.0  # seconds for a daemon that is up already to say what it was 
 
 
 class Daemon:
-    """One interface, its guests, and everything that serves them. `run()` is its whole life."""
+    """Its interfaces, their guests, and everything that serves them. `run()` is its whole life."""
 
     def __init__(self, config: UpConfig, service: Service | None = None) -> None:
         """`service` defaults to the one for `config`."""
@@ -79,13 +79,14 @@ class Daemon:
             if self._journal is not None:
                 left = [entry for entry in self._journal.pending() if entry.id not in self._not_ours]
             if left:
-                log.error("stopped: %s is NOT as it was", self._config.iface)
+                log.error("stopped: %s", self._config.words("is NOT as it was", "are NOT as they were"))
         if left:
+            theirs = ", ".join(dict.fromkeys(entry.args.get("iface", self._config.iface) for entry in left))
             raise NicError(
-                f"interface {self._config.iface}: not undone: {', '.join(entry.kind for entry in left)} (the log says "
+                f"interface {theirs}: not undone: {', '.join(entry.kind for entry in left)} (the log says "
                 f"why); run `xdpvhost clean --run-dir {self._config.run_dir}` to try again"
             )
-        log.info("stopped: %s is as it was", self._config.iface)
+        log.info("stopped: %s", self._config.words("is as it was", "are as they were"))
 
     def _signalled(self, number: signal.Signals) -> None:
         log.info("received %s", number.name)
@@ -95,9 +96,9 @@ class Daemon:
         config, stack = self._config, self._stack
         lock_dir = RunDir(config.run_dir)
         stack.callback(lock_dir.close)
-        lock_iface = InterfaceLock(config.iface)
-        stack.callback(lock_iface.close)
-        journal = self._undo_leftovers(lock_dir, lock_iface)
+        locks = InterfaceLocks(config.ifaces)
+        stack.callback(locks.close)
+        journal = self._undo_leftovers(lock_dir, locks)
         theirs = [spec.socket for spec in config.guests if spec.socket_mode == "client"]
         for path in remove_stale_sockets(config.run_dir, keep=theirs):
             log.warning("removed, left by a killed daemon: socket %s", path)
@@ -115,9 +116,9 @@ class Daemon:
             self._metrics = MetricsEndpoint(config.metrics, self._service)
             stack.push_async_callback(asyncio.to_thread, self._metrics.close)
 
-    def _undo_leftovers(self, lock_dir: RunDir, lock_iface: InterfaceLock) -> Journal:
-        journal = Journal(lock_dir.journal, handlers(held=lock_iface.index))
-        leftover = self._service.leftover(journal, lock_iface.index)
+    def _undo_leftovers(self, lock_dir: RunDir, locks: InterfaceLocks) -> Journal:
+        journal = Journal(lock_dir.journal, handlers(held=locks.indices))
+        leftover = self._service.leftover(journal, locks.indices)
         privileges.require("up", leftover.needs)
         adopted = leftover.adopted
         for undone in journal.replay_undo([entry for entry in journal.pending() if entry not in adopted]):

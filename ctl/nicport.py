@@ -21,6 +21,11 @@ class NicPort(Protocol):
     def ifindex(self) -> int: ...
 
     @property
+    def gone(self) -> bool:
+        """Whether somebody has taken it away. It never comes back."""
+        ...
+
+    @property
     def mtu(self) -> int: ...
 
     @property

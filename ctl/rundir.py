@@ -16,7 +16,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -168,6 +168,27 @@ class InterfaceLock:
 
     def close(self) -> None:
         self._socket.close()
+
+
+class InterfaceLocks:
+    """Those of all interfaces of one daemon, taken by index: of two daemons that want the same, one gets them all."""
+
+    def __init__(self, ifaces: Sequence[str]) -> None:
+        """Raises as InterfaceLock does, and ConfigError for two names of one interface; then none is held."""
+        self.indices = [interface_index(iface) for iface in ifaces]
+        by_index: dict[int, str] = {}
+        for index, iface in zip(self.indices, ifaces, strict=True):
+            other = by_index.setdefault(index, iface)
+            if other != iface:
+                raise ConfigError(f"--iface {iface}: is another name of {other}; give one of them")
+        self._stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as undo:
+            for _, iface in sorted(by_index.items()):
+                undo.callback(InterfaceLock(iface).close)
+            self._stack = undo.pop_all()
+
+    def close(self) -> None:
+        self._stack.close()
 
 
 def _holder(address: str) -> str:

@@ -56,7 +56,8 @@ class LinkService:
     def needs(self) -> Needs:
         return self._mode.needs(self._config)
 
-    def leftover(self, journal: Journal, ifindex: int) -> Leftover:
+    def leftover(self, journal: Journal, ifindexes: Sequence[int]) -> Leftover:
+        (ifindex,) = ifindexes
         guests = [format_guest(spec) for spec in self._config.guests]
         self._leftover = adoptable(journal, ifindex, self._wishes, guests)
         known = [entry for entry in nicprep.adoptable(journal, ifindex) if entry not in self._leftover]

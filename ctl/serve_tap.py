@@ -7,7 +7,7 @@ The bridge, and what moves there from the NIC, are in the journal and taken over
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .config import GuestSpec, UpConfig
@@ -86,17 +86,18 @@ class TapService(XdpService):
     def needs(self) -> Needs:
         return tapped.NET_ADMIN
 
-    def leftover(self, journal: Journal, ifindex: int) -> Leftover:
+    def leftover(self, journal: Journal, ifindexes: Sequence[int]) -> Leftover:
+        (ifindex,) = ifindexes
         self._leftover = adoptable(journal, ifindex, self._wishes, ())
         known = [entry for entry in nicprep.adoptable(journal, ifindex) if entry not in self._leftover]
         return Leftover([*self._leftover, *known], leftover_needs(journal))
 
-    def _open_nic(self, journal: Journal) -> NicPort:
+    def _open_nics(self, journal: Journal) -> Iterator[NicPort]:
         config = self._config
         changes = Changes(journal, config.iface, interface_index(config.iface), self._leftover)
         network = Bridged(config, changes)
         network.open(self._wishes)
-        return TapNic.open(network, tap_name(config.iface), config.workers, self._dp)
+        yield TapNic.open(network, tap_name(config.iface), config.workers, self._dp)
 
     def add_guest(self, spec: GuestSpec) -> Mapping[str, Any]:
         check_spec(spec)

@@ -13,12 +13,12 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from . import privileges
+from . import placement, privileges
 from .config import GuestSpec, UpConfig, check_new_guest, format_guest, format_mac
 from .datapath import DROP_NAMES, FAULT_CALL_BLOCKED, Datapath
 from .errors import XdpvhostError
@@ -50,6 +50,9 @@ class XdpService:
     """Implements `service.Service`."""
 
     def __init__(self, config: UpConfig) -> None:
+        """Raises ConfigError for a guest on an interface that isn't among them."""
+        for spec in config.guests:
+            placement.check(spec, config.ifaces)
         self._config = config
         self._stack = contextlib.AsyncExitStack()
         self._serving: dict[str, tuple[Endpoint, asyncio.Task[None]]] = {}
@@ -58,13 +61,14 @@ class XdpService:
         self._dp: Datapath
         self._switch: Switch
         self._counters: Counters | None = None
+        self._coming: list[GuestSpec] = []  # configured, and not yet added
 
     @property
     def needs(self) -> Sequence[Sequence[str]]:
         return privileges.UP
 
-    def leftover(self, journal: Journal, ifindex: int) -> Leftover:
-        adopted = adoptable(journal, ifindex)
+    def leftover(self, journal: Journal, ifindexes: Sequence[int]) -> Leftover:
+        adopted = [entry for ifindex in ifindexes for entry in adoptable(journal, ifindex)]
         foreign = any(entry.kind == "xdp" for entry in journal.pending())
         return Leftover(adopted, privileges.LEFTOVER if foreign else ())
 
@@ -74,13 +78,16 @@ class XdpService:
         stack.callback(dp.close)
         self._switch = switch = Switch(dp)
         stack.callback(switch.close)
-        switch.add_nic(self._open_nic(journal))
+        for nic in self._open_nics(journal):
+            switch.add_nic(nic)
         dp.start()
         self._counters = Counters(dp, switch)
         stack.callback(self._counters.close)
 
         stack.push_async_callback(self._end_sessions)
+        self._coming = list(config.guests)
         for spec in config.guests:
+            self._coming.remove(spec)
             self._add_guest(spec)
         self._watch_data_plane()
         stack.callback(self._ignore_data_plane)
@@ -89,17 +96,21 @@ class XdpService:
         device = loop.create_task(self._watch_device(), name="device")
         stack.callback(device.cancel)
 
-    def _open_nic(self, journal: Journal) -> NicPort:
-        """Where the guests' frames come from and go to."""
+    def _open_nics(self, journal: Journal) -> Iterator[NicPort]:
+        """Where the guests' frames come from and go to, in the order of `UpConfig.ifaces`."""
         config = self._config
-        return Nic.open(NicOptions(iface=config.iface, xdp_mode=config.xdp_mode, bind=config.bind), self._dp, journal)
+        wanted = [NicOptions(iface=iface, xdp_mode=config.xdp_mode, bind=config.bind) for iface in config.ifaces]
+        for options in wanted:
+            Nic.refuse(options)
+        for options in wanted:
+            yield Nic.open(options, self._dp, journal)
 
     async def close(self) -> None:
         await self._stack.aclose()
 
     def summary(self) -> str:
-        nic = self._switch.nics[0]
-        return f"{nic.iface} with {nic.nr_queues} queues, {len(self._serving)} guests, {self._config.workers} workers"
+        nics = ", ".join(f"{nic.iface} with {nic.nr_queues} queues" for nic in self._switch.nics)
+        return f"{nics}, {len(self._serving)} guests, {self._config.workers} workers"
 
     # ---- guests ----
 
@@ -112,10 +123,11 @@ class XdpService:
 
     def _add_guest(self, spec: GuestSpec) -> GuestEntry:
         assert self._counters is not None
-        nic = self._switch.nics[0]
         check_new_guest(spec, (entry.spec for entry in self._switch.guests.values()))
+        index = self._choose_nic(spec)
+        nic = self._switch.nics[index]
         with self._counters.lock:
-            entry = self._switch.add_guest(spec)
+            entry = self._switch.add_guest(spec, index)
         endpoint = Endpoint(spec, entry)
         try:
             endpoint.open()
@@ -127,6 +139,8 @@ class XdpService:
         task = asyncio.get_running_loop().create_task(self._serve(spec.name, endpoint), name=f"guest {spec.name}")
         self._serving[spec.name] = endpoint, task
         log.info("guest %r: %s, queue pairs %d, socket %s (%s)", *_spec_words(spec))
+        if len(self._switch.nics) > 1:
+            log.info("guest %r: on interface %s, %s", spec.name, nic.iface, _why_there(spec))
         if spec.queues > nic.nr_queues:
             log.info(
                 "guest %r: frames from %s, which has %d queues, arrive in its first %d pairs, unless it sets up RSS",
@@ -139,6 +153,15 @@ class XdpService:
                 spec.name, spec.queues, MAX_PAIRS_WITH_CTRL,
             )  # fmt: skip
         return entry
+
+    def _choose_nic(self, spec: GuestSpec) -> int:
+        """Its index. Guests that are still to come and name an interface count as if they were there."""
+        switch, ifaces = self._switch, self._config.ifaces
+        guests = [
+            sum(entry.nic is nic for entry in switch.guests.values()) + sum(s.iface == iface for s in self._coming)
+            for nic, iface in zip(switch.nics, ifaces, strict=True)
+        ]
+        return placement.choose(spec, ifaces, guests, [not nic.gone for nic in switch.nics])
 
     async def remove_guest(self, name: str) -> Mapping[str, Any]:
         async with self._removing:
@@ -225,7 +248,7 @@ class XdpService:
             except (XdpvhostError, OSError) as exc:
                 log.error("interface %s: %s", self._config.iface, exc)
             except Exception:
-                log.exception("interface %s: its MTU or link is not known; please report it", self._config.iface)
+                log.exception("interface %s: its guests were told nothing; please report it", self._config.iface)
 
     # ---- what it tells ----
 
@@ -250,9 +273,20 @@ def _spec_words(spec: GuestSpec) -> tuple[str, str, int, str, str]:
     return spec.name, format_mac(spec.mac), spec.queues, str(spec.socket), spec.socket_mode
 
 
+def _why_there(spec: GuestSpec) -> str:
+    return "which has the fewest guests" if spec.iface is None else "as its SPEC says"
+
+
 def describe_nic(nic: NicPort) -> dict[str, Any]:
     facts: dict[str, Any] = msgspec.to_builtins(nic.facts)
-    return {"iface": nic.iface, "ifindex": nic.ifindex, "mtu": nic.mtu, "queues": nic.nr_queues, "facts": facts}
+    return {
+        "iface": nic.iface,
+        "ifindex": nic.ifindex,
+        "state": "gone" if nic.gone else "there",
+        "mtu": nic.mtu,
+        "queues": nic.nr_queues,
+        "facts": facts,
+    }
 
 
 def describe_guest(entry: GuestEntry) -> dict[str, Any]:
@@ -261,6 +295,8 @@ def describe_guest(entry: GuestEntry) -> dict[str, Any]:
     tx = [port.tx_counters(pair) for pair in range(port.max_pairs)]
     return {
         "name": spec.name,
+        "iface": entry.nic.iface,
+        "iface_asked": spec.iface,
         "slot": entry.slot,
         "mac": format_mac(spec.mac),
         "listens_to": sorted(map(format_mac, entry.listens_to)),

@@ -33,30 +33,33 @@ Needs = Sequence[Sequence[str]]  # one capability of each row: ctl/privileges.py
 
 @dataclass(frozen=True)
 class Leftover:
-    """What a killed daemon's journal has of this interface: `adopted` is kept and undone at the end, the rest now."""
+    """What a killed daemon's journal has of our interfaces: `adopted` is kept and undone at the end, the rest now."""
 
     adopted: Sequence[Entry]
     needs: Needs = ()  # what undoing the rest takes beyond the service's own privileges
 
 
 class Service(Protocol):
-    """One interface's guests. Made from an `UpConfig` alone; nothing happens before `open`."""
+    """One daemon's interfaces and guests. Made from an `UpConfig` alone; nothing happens before `open`."""
 
     @property
     def needs(self) -> Needs:
         """Privileges without which `open` can't work."""
         ...
 
-    def leftover(self, journal: Journal, ifindex: int) -> Leftover:
-        """Before anything is undone or opened: what of the pending entries `open` takes over."""
+    def leftover(self, journal: Journal, ifindexes: Sequence[int]) -> Leftover:
+        """Before anything is undone or opened: what of the pending entries `open` takes over.
+
+        `ifindexes`: of `UpConfig.ifaces`, in that order.
+        """
         ...
 
     async def open(self, journal: Journal) -> None:
-        """Prepare the interface and serve the configured guests. Raises XdpvhostError; `close` is called then, too."""
+        """Prepare the interfaces and serve the configured guests. Raises XdpvhostError; `close` is called then, too."""
         ...
 
     async def close(self) -> None:
-        """End every guest and give the interface back. May be called at any time, and again. Logs, never raises."""
+        """End every guest and give the interfaces back. May be called at any time, and again. Logs, never raises."""
         ...
 
     @property

@@ -358,9 +358,22 @@ class Switch:
             raise
         entry.nic.set_macs(entry.slot, _steering(entry.listens_to))
 
+    def _changed(self, follow: Callable[[NicPort], bool]) -> list[NicPort]:
+        """The NICs of which `follow` says so. One that it fails for keeps no other from being followed."""
+        changed: list[NicPort] = []
+        for nic in self.nics:
+            try:
+                if follow(nic):
+                    changed.append(nic)
+            except (XdpvhostError, OSError) as exc:
+                log.error("interface %s: %s", nic.iface, exc)
+            except Exception:
+                log.exception("interface %s: its MTU or link is not known; please report it", nic.iface)
+        return changed
+
     def follow_links(self) -> None:
         """Tell the guests of NICs whose carrier or speed has changed."""
-        changed = [nic for nic in self.nics if nic.follow_link()]
+        changed = self._changed(lambda nic: nic.follow_link())
         for entry in self.guests.values():
             if entry.nic in changed:
                 entry.config_changed()
@@ -370,7 +383,7 @@ class Switch:
 
         Raises XdpvhostError; the next call tries again.
         """
-        self._new_mtus.update([nic for nic in self.nics if nic.follow_mtu()])
+        self._new_mtus.update(self._changed(lambda nic: nic.follow_mtu()))
         if self._new_mtus:
             self.publish()
             changed, self._new_mtus = self._new_mtus, set()

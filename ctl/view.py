@@ -68,9 +68,11 @@ def guest_table(guests: Sequence[Mapping[str, Any]]) -> Table:
     """One row a guest: those that the data plane serves, or those that have a device."""
     if any("device" in guest for guest in guests):
         return _device_table(guests)
+    several = len({guest["iface"] for guest in guests}) > 1
     rows = [
         (
             guest["name"],
+            *([_interface(guest)] if several else []),
             guest["mac"],
             "yes" if guest["connected"] else "no",
             f"{guest['pairs_in_use']} of {guest['queues']}" if guest["connected"] else guest["queues"],
@@ -84,8 +86,13 @@ def guest_table(guests: Sequence[Mapping[str, Any]]) -> Table:
         )
         for guest in guests
     ]
-    columns = ("guest", "mac", "connected", "queues", "rx", "drops", "tx", "drops", "reconnects", "errors", "socket")
-    return table("guests", columns, rows)
+    columns = ("mac", "connected", "queues", "rx", "drops", "tx", "drops", "reconnects", "errors", "socket")
+    return table("guests", ("guest", *(["interface"] if several else []), *columns), rows)
+
+
+def _interface(guest: Mapping[str, Any]) -> str:
+    """Which one, and whether xdpvhost chose it."""
+    return str(guest["iface"]) if guest["iface_asked"] else f"{guest['iface']} (fewest guests)"
 
 
 def _device_table(guests: Sequence[Mapping[str, Any]]) -> Table:

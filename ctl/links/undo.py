@@ -9,7 +9,7 @@ An interface that another xdpvhost serves by now is left alone: its lock is take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
@@ -25,8 +25,8 @@ GONE = "the interface is gone"
 Beside = Callable[[str | None, Mapping[str, Any]], str]
 
 
-def handlers(held: int | None = None) -> dict[str, Undo]:
-    """`held`: the index of the interface whose lock the caller has."""
+def handlers(held: Collection[int] = ()) -> dict[str, Undo]:
+    """`held`: the indices of the interfaces whose locks the caller has."""
     # Changes to an interface, which are gone when it is. The handler gets its present name.
     on_it = {"link_up": _link_up, "features": _features, "channels": _channels, "xdp": _xdp}
     on_it |= {"addresses": addresses.undo, "mac": macvtap.undo_address} | _of_vfs()
@@ -59,7 +59,7 @@ def _or_gone(change: Callable[[str, Mapping[str, Any]], str]) -> Beside:
     return lambda iface, args: GONE if iface is None else change(iface, args)
 
 
-def _undo(held: int | None, change: Beside, args: Mapping[str, Any]) -> str:
+def _undo(held: Collection[int], change: Beside, args: Mapping[str, Any]) -> str:
     if args.get("boot_id", boot_id()) != boot_id():
         return f"interface {args['iface']}: the machine was booted since"
     if not _namespace_is_ours(args):
@@ -68,7 +68,8 @@ def _undo(held: int | None, change: Beside, args: Mapping[str, Any]) -> str:
     if iface is None:
         return change(None, args)
     try:
-        lock = None if int(args["ifindex"]) == held else InterfaceLock(iface, "`xdpvhost clean` can undo it afterwards")
+        mine = int(args["ifindex"]) in held
+        lock = None if mine else InterfaceLock(iface, "`xdpvhost clean` can undo it afterwards")
     except DaemonError as exc:
         raise NicError(str(exc)) from exc
     with closing(lock) if lock else nullcontext():

@@ -120,6 +120,7 @@ class Nic:
         self.mtu = self._device_mtu = link.mtu
         self._mac = link.mac
         self.link = ethtool.LinkState()
+        self.gone = False
         self.queues: list[Nicq] = []
         self.taps: list[Tapq] = []  # none: NIC queues
         self.mcast: PacketPort | None = None
@@ -152,6 +153,16 @@ class Nic:
             nic.close()
             raise
         return nic
+
+    @staticmethod
+    def refuse(options: NicOptions) -> None:
+        """Raise what `open` would, as far as looking tells it: before another interface is changed for nothing."""
+        link = get_link(options.iface)
+        try:
+            refuse_occupied(link.index, link.name)
+        except OSError as exc:
+            raise NicError(f"interface {options.iface}: {exc.strerror or exc}") from exc
+        framing_for(link.mtu)
 
     @property
     def nr_queues(self) -> int:
@@ -446,9 +457,14 @@ class Nic:
         """Look at carrier, speed and duplex; whether they changed."""
         name = link_name(self.ifindex)
         before = self.link
-        if name is not None:
-            self.link = ethtool.link_state(name)
-        if self.link.up != before.up:
+        self.link = ethtool.LinkState(up=False) if name is None else ethtool.link_state(name)
+        if name is None and not self.gone:
+            self.gone = True
+            log.error(
+                "interface %s: it is gone; its guests reach only each other; `xdpvhost down` and `up` when it is back",
+                self.iface,
+            )
+        elif self.link.up != before.up:
             log.info("interface %s: carrier %s", self.iface, "is there" if self.link.up else "is lost")
         return self.link != before
 

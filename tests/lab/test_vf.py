@@ -43,12 +43,12 @@ class Up:
 
     def __init__(self, directory: Path, *guests: str, iface: str = "nic0", vfs: int | None = None, force: bool = False):
         specs = parse_guests(guests, directory, "vf")
-        config = UpConfig(iface=iface, guests=specs, run_dir=directory, mode="vf", vfs=vfs, force=force)
+        config = UpConfig(ifaces=(iface,), guests=specs, run_dir=directory, mode="vf", vfs=vfs, force=force)
         self.index = get_link(iface).index
-        self.journal = Journal(directory / "journal.jsonl", handlers(held=self.index))
+        self.journal = Journal(directory / "journal.jsonl", handlers(held=(self.index,)))
         self.service = LinkService(config)
         self.runner = asyncio.Runner()
-        adopted = self.service.leftover(self.journal, self.index).adopted
+        adopted = self.service.leftover(self.journal, [self.index]).adopted
         undone = self.journal.replay_undo([entry for entry in self.journal.pending() if entry not in adopted])
         assert all(item.ok for item in undone), undone
         try:

@@ -49,6 +49,7 @@ class FakePort:
 class FakeNic:
     iface: str = "eth0"
     ifindex: int = 7
+    gone: bool = False
     mtu: int = 1500
     nr_queues: int = 2
     facts: dict[str, Any] = field(default_factory=dict)

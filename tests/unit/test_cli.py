@@ -186,7 +186,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[UpConfig]:
 
 def test_up_has_the_documented_defaults(started: list[UpConfig]) -> None:
     assert run("up", "--iface", "eth0").exit_code == 0
-    assert started == [UpConfig(iface="eth0", metrics=MetricsAddress("127.0.0.1", 9477))]
+    assert started == [UpConfig(ifaces=("eth0",), metrics=MetricsAddress("127.0.0.1", 9477))]
     assert started[0].run_dir == Path("/run/xdpvhost")
 
 

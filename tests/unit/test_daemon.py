@@ -36,7 +36,7 @@ def test_it_does_not_claim_that_the_nic_is_as_it_was(
     monkeypatch.setattr(daemon.Daemon, "_ready_line", lambda _: "")
     monkeypatch.setattr(serve_xdp.XdpService, "guests", ())
     with caplog.at_level("INFO"), pytest.raises(NicError, match=r"nic0: not undone: xdp .*xdpvhost clean --run-dir"):
-        daemon.run(UpConfig(iface="nic0", guests=(), run_dir=tmp_path))
+        daemon.run(UpConfig(ifaces=("nic0",), guests=(), run_dir=tmp_path))
     assert "nic0 is NOT as it was" in caplog.text
     assert "is as it was" not in caplog.text
 
@@ -69,7 +69,7 @@ def test_device_is_watched_after_any_failure(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(serve_xdp, "DEVICE_PERIOD", 0)
 
     async def watch() -> None:
-        up = serve_xdp.XdpService(UpConfig(iface="nic0", guests=(), run_dir=tmp_path))
+        up = serve_xdp.XdpService(UpConfig(ifaces=("nic0",), guests=(), run_dir=tmp_path))
         switch = Scripted(OSError(errno.EMFILE, "many"), NicError("gone"), KeyError("a bug"))
         up._switch = cast(Switch, switch)
         task = asyncio.create_task(up._watch_device())
@@ -89,7 +89,7 @@ def test_events_of_the_data_plane_are_looked_at_now_and_then(tmp_path: Path) -> 
 
     async def storm() -> tuple[int, float]:
         loop = asyncio.get_running_loop()
-        up = serve_xdp.XdpService(UpConfig(iface="nic0", guests=(), run_dir=tmp_path))
+        up = serve_xdp.XdpService(UpConfig(ifaces=("nic0",), guests=(), run_dir=tmp_path))
         switch = Scripted()
         up._switch, up._dp = cast(Switch, switch), cast(Any, Events)
         up._watch_data_plane()

@@ -94,7 +94,7 @@ def test_guests_against_each_other() -> None:
     ],
 )
 def test_guests_against_the_number_of_vfs(specs: list[str], error: str) -> None:
-    config = UpConfig(iface="nic0", guests=parse_guests(specs, Path("/run"), "vf"), mode="vf", vfs=2)
+    config = UpConfig(ifaces=("nic0",), guests=parse_guests(specs, Path("/run"), "vf"), mode="vf", vfs=2)
     with pytest.raises(ConfigError, match=error):
         MODE.check_config(config)
 

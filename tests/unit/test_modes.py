@@ -131,9 +131,9 @@ def test_bad_cpus(text: str) -> None:
 
 
 def test_wishes_differ_in_words() -> None:
-    ours = UpConfig("eth0", mode="tap", guests=(guest("tap"),), force=True)
-    assert differing(wishes(ours, ours.guests), wishes(UpConfig("eth0", mode="tap"), ours.guests)) == []
-    other = UpConfig("eth0", mode="tap", bridge="br0")
+    ours = UpConfig(("eth0",), mode="tap", guests=(guest("tap"),), force=True)
+    assert differing(wishes(ours, ours.guests), wishes(UpConfig(("eth0",), mode="tap"), ours.guests)) == []
+    other = UpConfig(("eth0",), mode="tap", bridge="br0")
     assert differing(wishes(ours, ours.guests), wishes(other, ())) == [
         "bridge br0 instead of none",
         f"guests none instead of {format_guest(guest('tap'))}",
@@ -142,14 +142,14 @@ def test_wishes_differ_in_words() -> None:
 
 def test_one_guest_in_passthru() -> None:
     both = (guest("macvtap"), guest("macvtap", FOUR))
-    mode_for("macvtap").check_config(UpConfig("eth0", mode="macvtap", guests=both))
+    mode_for("macvtap").check_config(UpConfig(("eth0",), mode="macvtap", guests=both))
     with pytest.raises(ConfigError, match="to one guest, and 2 are asked for"):
-        mode_for("macvtap").check_config(UpConfig("eth0", mode="macvtap", guests=both, macvtap_mode="passthru"))
+        mode_for("macvtap").check_config(UpConfig(("eth0",), mode="macvtap", guests=both, macvtap_mode="passthru"))
 
 
 def test_cpus_that_the_machine_has_not() -> None:
     with pytest.raises(ConfigError, match=r"--pin-vhost: this machine lets us use CPUs .* not 4711"):
-        mode_for("vhost-net").check_config(UpConfig("eth0", mode="vhost-net", pin_vhost=(4711,)))
+        mode_for("vhost-net").check_config(UpConfig(("eth0",), mode="vhost-net", pin_vhost=(4711,)))
 
 
 # ---- /dev/vhost-net
