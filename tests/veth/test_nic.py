@@ -463,7 +463,7 @@ def test_leftovers_on_a_nic_that_another_serves_stay(pair: Pair) -> None:
         assert not any(item.ok for item in undone)
         assert f"another xdpvhost (pid {os.getpid()}) has interface {NIC}" in undone[0].detail
         assert xdp_state(lock.index).mode == "native"
-        assert all(item.ok for item in Journal(pair.journal.path, handlers(held=lock.index)).replay_undo())
+        assert all(item.ok for item in Journal(pair.journal.path, handlers(held=[lock.index])).replay_undo())
         assert not xdp_state(lock.index).programs
         lock.close()
 
