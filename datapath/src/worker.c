@@ -24,7 +24,7 @@
 
 #include "ctrlq.h"
 #include "dp.h"
-#include "nethdr.h"
+#include "tag.h"
 
 #define MCAST_EVERY_US 100u
 #define PATIENCE_US 1000u
@@ -257,34 +257,50 @@ static bool poll_mcast(struct worker *w, const struct snapshot *snap, const stru
 
 /* ---- announcements ---- */
 
-/* A RARP "request reverse" from and for `mac` (RFC 903), as a guest sends it after migration. */
-static void make_rarp(uint8_t frame[RARP_BYTES], const uint8_t *mac)
+/* A RARP "request reverse" from and for `mac` (RFC 903), as a guest sends it after migration; tagged, if in a VLAN. */
+static uint32_t make_rarp(uint8_t frame[RARP_BYTES + TAG_BYTES], const uint8_t *mac, uint32_t vlan)
 {
 	static const uint8_t fixed[] = {0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3};
+	uint8_t *behind = frame + (vlan ? TAG_BYTES : 0);
 
-	memset(frame, 0, RARP_BYTES);
+	memset(frame, 0, RARP_BYTES + TAG_BYTES);
 	memset(frame, 0xff, 6);
 	memcpy(frame + 6, mac, 6);
-	memcpy(frame + 12, fixed, sizeof(fixed));
-	memcpy(frame + 22, mac, 6);
-	memcpy(frame + 32, mac, 6);
+	put_be16(frame + 12, 0x8100);
+	put_be16(frame + 14, vlan);
+	memcpy(behind + 12, fixed, sizeof(fixed));
+	memcpy(behind + 22, mac, 6);
+	memcpy(behind + 32, mac, 6);
+	return (uint32_t)(behind - frame) + RARP_BYTES;
+}
+
+static void announce_in(struct worker *w, const struct snapshot *snap, const struct tx_source *source, const uint8_t *mac,
+			uint32_t vlan)
+{
+	const struct port *port = &snap->ports[source->port];
+	const struct origin from = {source->port, port->nic, 0, source->uplink, source->vring->queue->tx.drops, port->policy};
+	uint8_t frame[RARP_BYTES + TAG_BYTES];
+	const uint32_t len = make_rarp(frame, mac, vlan);
+	struct xv_vring *stalled;
+
+	w->burst.views[0] = (struct xv_view){.first = {frame, len}, .len = len};
+	w->burst.nr = 1;
+	switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
 }
 
 static void announce(struct worker *w, const struct snapshot *snap, const struct tx_source *source)
 {
-	const struct port *port = &snap->ports[source->port];
-	struct xv_guest *guest = port->guest;
-	const struct origin from = {source->port, port->nic, 0, source->uplink, source->vring->queue->tx.drops, port->policy};
+	const struct policy *policy = snap->ports[source->port].policy;
+	struct xv_guest *guest = snap->ports[source->port].guest;
 	uint64_t asked = __atomic_exchange_n(&guest->announce, 0, __ATOMIC_ACQ_REL);
-	uint8_t frame[RARP_BYTES];
-	struct xv_vring *stalled;
 
 	if (!asked)
 		return;
-	make_rarp(frame, (const uint8_t *)&asked);
-	w->burst.views[0] = (struct xv_view){.first = {frame, RARP_BYTES}, .len = RARP_BYTES};
-	w->burst.nr = 1;
-	switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
+	if (!policy || !policy->is_trunk)
+		announce_in(w, snap, source, (const uint8_t *)&asked, 0);
+	for (uint32_t vlan = 1; policy && policy->is_trunk && vlan < 4095; vlan++)
+		if (policy_has_vlan(policy, (uint16_t)vlan))
+			announce_in(w, snap, source, (const uint8_t *)&asked, vlan);
 }
 
 static void call_if_asked(struct worker *w, struct xv_vring *vr, uint64_t *calls)

@@ -541,6 +541,26 @@ static void test_host_port(void)
 	close(pair[1]);
 }
 
+/* In each VLAN that the guest is in. */
+static void test_announcement(void)
+{
+	const struct xv_policy_conf both = trunk(), *const policies[] = {&both, &in_10, NULL};
+	static const uint16_t first[] = {10, 10, 0};
+
+	for (size_t i = 0; i < ARRAY_SIZE(policies); i++) {
+		begin(policies[i], NULL, NULL, FEATURES);
+		xv_guest_announce(w.guests[0].guest, w.guests[0].mac);
+		world_run(&w);
+		for (uint16_t n = 0; n < (i ? 1 : 2); n++) {
+			CHECK_EQ(nic_send(&w.nic, got), first[i] ? 64 : 60);
+			CHECK_EQ(frame_vlan(got), n ? 30 : first[i]);
+			CHECK_EQ(be16(got + (first[i] ? 16 : 12)), 0x8035);
+		}
+		CHECK_EQ(nic_send(&w.nic, got), 0);
+		end();
+	}
+}
+
 static void test_contradictions(void)
 {
 	const struct xv_ip neither = {.version = 5};
@@ -576,6 +596,7 @@ int main(void)
 	test_isolated();
 	test_link_off();
 	test_host_port();
+	test_announcement();
 	test_contradictions();
 	puts("ok");
 	return 0;
