@@ -181,10 +181,12 @@ class NicConf(Structure):
         ("mcast", c_uint64),
         ("taps", c_uint64),
         ("host", c_uint64),
+        ("host_xsks", c_uint64),
+        ("host_packet", c_uint64),
         ("nr_queues", c_uint32),
         ("nr_taps", c_uint32),
         ("mtu", c_uint32),
-        ("reserved", c_uint32),
+        ("nr_host_xsks", c_uint32),
     )
 
 
@@ -652,13 +654,18 @@ class GuestState:
 
 @dataclass
 class NicState:
-    """The way to the network: NIC queues, or queues of a tap."""
+    """The way to the network: NIC queues, or queues of a tap. And the host's own port there, a tap.
+
+    `host_xsks`, `host_packet`: where frames from NIC queues for the host port's address arrive, as for a guest.
+    """
 
     queues: Sequence[Nicq]
     mcast: PacketPort | None
     mtu: int
     taps: Sequence[Tapq] = ()
     host: Tapq | None = None
+    host_xsks: Sequence[Xsk] = ()
+    host_packet: PacketPort | None = None
 
 
 @dataclass(frozen=True)
@@ -897,6 +904,10 @@ class Datapath:
             nic_conf.taps, nic_conf.nr_taps = ctypes.addressof(taps), len(nic.taps)
             nic_conf.mtu = nic.mtu
             nic_conf.host = nic.host.handle if nic.host else 0
+            host_xsks = _handles(nic.host_xsks)
+            keep.append(host_xsks)
+            nic_conf.host_xsks, nic_conf.nr_host_xsks = ctypes.addressof(host_xsks), len(nic.host_xsks)
+            nic_conf.host_packet = nic.host_packet.handle if nic.host_packet else 0
         mac_table = (MacConf * max(1, len(macs)))()
         for mac_conf, mac in zip(mac_table, macs, strict=False):
             mac_conf.mac[:] = list(mac.mac)

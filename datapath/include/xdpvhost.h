@@ -219,9 +219,11 @@ struct xv_nic_conf {
 	uint64_t mcast;  /* struct xv_packet *, or 0 */
 	uint64_t taps;   /* struct xv_tapq *[nr_taps]: instead of NIC queues */
 	uint64_t host;   /* struct xv_tapq *: the host's own port among the guests of this NIC, or 0 */
+	uint64_t host_xsks; /* struct xv_xsk *[nr_host_xsks]: where frames from the NIC for that port's address arrive */
+	uint64_t host_packet; /* struct xv_packet *: where they arrive without XDP, or 0 */
 	uint32_t nr_queues, nr_taps;
 	uint32_t mtu;    /* of the device, in bytes after the Ethernet header and tags */
-	uint32_t reserved;
+	uint32_t nr_host_xsks; /* 0 without a host port; its socket i is on worker (nic's index + i) % workers */
 };
 
 struct xv_mac_conf {

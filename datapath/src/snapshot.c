@@ -141,15 +141,27 @@ static int add_taps(struct snapshot *snap, uint32_t index, const struct xv_nic_c
 	return 0;
 }
 
-static void add_host_port(struct snapshot *snap, uint32_t index, struct xv_tapq *tap)
+/* Its tap, which the host sends into, and where frames from the NIC for it arrive. */
+static int add_host_port(struct snapshot *snap, uint32_t index, const struct xv_nic_conf *conf)
 {
+	struct xv_xsk *const *xsks = at(conf->host_xsks);
 	const uint32_t worker = index % snap->nr_workers;
+	struct xv_tapq *tap = (struct xv_tapq *)(uintptr_t)conf->host;
 	struct duty *duty = &snap->duties[worker];
 
 	snap->nics[index].host = tap;
-	if (tap)
-		duty->tap[duty->nr_tap++] = (struct tap_source){
-			.tap = tap, .nic = index, .is_host = true, .uplink = uplink_of(&snap->nics[index], worker, 0)};
+	if (!tap)
+		return conf->nr_host_xsks || conf->host_packet ? -EINVAL : 0;
+	duty->tap[duty->nr_tap++] = (struct tap_source){
+		.tap = tap, .nic = index, .is_host = true, .uplink = uplink_of(&snap->nics[index], worker, 0)};
+	if (conf->host_packet)
+		duty->packet[duty->nr_packet++] =
+			(struct packet_source){(struct xv_packet *)(uintptr_t)conf->host_packet, host_port(index)};
+	for (uint32_t i = 0; i < conf->nr_host_xsks; i++) {
+		duty = &snap->duties[(worker + i) % snap->nr_workers];
+		duty->xsk[duty->nr_xsk++] = (struct xsk_source){xsks[i], host_port(index), xsks[i]->nicq->queue};
+	}
+	return 0;
 }
 
 static int add_nics(struct snapshot *snap, const struct xv_snapshot_conf *conf)
@@ -176,7 +188,9 @@ static int add_nics(struct snapshot *snap, const struct xv_snapshot_conf *conf)
 		if (!nic->queues)
 			return -ENOMEM;
 		memcpy(nic->queues, at(confs[i].queues), nic->nr_queues * sizeof(nic->queues[0]));
-		add_host_port(snap, i, (struct xv_tapq *)(uintptr_t)confs[i].host);
+		result = add_host_port(snap, i, &confs[i]);
+		if (result)
+			return result;
 		if (nic->mcast) {
 			struct duty *duty = &snap->duties[i % snap->nr_workers];
 
@@ -224,14 +238,17 @@ static int make_duties(struct snapshot *snap, const struct xv_snapshot_conf *con
 {
 	const struct xv_guest_conf *guests = at(conf->guests);
 	const struct xv_nic_conf *nics = at(conf->nics);
-	size_t rings = 1, xsks = 1, taps = 1;
+	size_t rings = 1, xsks = 1, taps = 1, packets = conf->nr_guests + 1;
 
 	for (uint32_t i = 0; i < conf->nr_guests; i++) {
 		rings += guests[i].nr_rings;
 		xsks += guests[i].nr_xsks;
 	}
-	for (uint32_t i = 0; i < conf->nr_nics; i++)
+	for (uint32_t i = 0; i < conf->nr_nics; i++) {
 		taps += nics[i].nr_taps + !!nics[i].host;
+		xsks += nics[i].nr_host_xsks;
+		packets += !!nics[i].host_packet;
+	}
 	for (uint32_t w = 0; w < snap->nr_workers; w++) {
 		struct duty *duty = &snap->duties[w];
 
@@ -239,7 +256,7 @@ static int make_duties(struct snapshot *snap, const struct xv_snapshot_conf *con
 		duty->ctrl = calloc((size_t)conf->nr_guests + 1, sizeof(duty->ctrl[0]));
 		duty->xsk = calloc(xsks, sizeof(duty->xsk[0]));
 		duty->mcast = calloc((size_t)conf->nr_nics + 1, sizeof(duty->mcast[0]));
-		duty->packet = calloc((size_t)conf->nr_guests + 1, sizeof(duty->packet[0]));
+		duty->packet = calloc(packets, sizeof(duty->packet[0]));
 		duty->tap = calloc(taps, sizeof(duty->tap[0]));
 		if (!duty->tx || !duty->ctrl || !duty->xsk || !duty->mcast || !duty->packet || !duty->tap)
 			return -ENOMEM;

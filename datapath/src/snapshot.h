@@ -10,6 +10,12 @@
 
 #define NO_PORT UINT32_MAX /* not a guest here: the uplink */
 
+/* The host port of a NIC, as a port beside the guests. */
+static inline uint32_t host_port(uint32_t nic)
+{
+	return XV_HOST_PORT + nic;
+}
+
 struct port { /* a guest */
 	struct xv_guest *guest;
 	struct xv_vring **rx; /* nr_rx receive rings by pair, NULL where not started */
@@ -53,7 +59,7 @@ struct tx_source { /* a guest's transmit ring */
 
 struct xsk_source {
 	struct xv_xsk *xsk;
-	uint32_t port, hint;
+	uint32_t port, hint; /* a guest or a host_port() */
 };
 
 struct ctrl_source {
@@ -75,7 +81,7 @@ struct tap_source {
 	struct uplink uplink; /* a host port's */
 };
 
-struct packet_source { /* where a guest's frames arrive without XDP */
+struct packet_source { /* where the frames of a guest, or a host_port(), arrive without XDP */
 	struct xv_packet *socket;
 	uint32_t port;
 };

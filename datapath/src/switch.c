@@ -385,6 +385,11 @@ static void to_uplink(const struct snapshot *snap, const struct origin *from, co
 		mark_dirty(dirty, from->uplink.nicq);
 }
 
+void switch_drop_to_host(const struct snapshot *snap, uint32_t nic, uint64_t n)
+{
+	__atomic_fetch_add(&snap->nics[nic].host->counters.tx_dropped, n, __ATOMIC_RELAXED);
+}
+
 void switch_to_host(const struct snapshot *snap, uint32_t nic, const struct xv_view *const *views, uint32_t n,
 		    uint64_t *drops, struct call_ctx *ctx)
 {
@@ -395,7 +400,7 @@ void switch_to_host(const struct snapshot *snap, uint32_t nic, const struct xv_v
 	for (uint32_t i = 0; i < XV_DROP_MAX; i++)
 		sum += lost[i];
 	if (sum)
-		__atomic_fetch_add(&host.tap->counters.tx_dropped, sum, __ATOMIC_RELAXED);
+		switch_drop_to_host(snap, nic, sum);
 }
 
 static uint32_t nic_of(const struct snapshot *snap, uint32_t port)

@@ -23,12 +23,6 @@ struct origin {
 	bool judged;            /* a guest with a policy: its frames are looked at first */
 };
 
-/* The host port of a NIC, as a port beside the guests. */
-static inline uint32_t host_port(uint32_t nic)
-{
-	return XV_HOST_PORT + nic;
-}
-
 /*
  * Forward a burst by its destination addresses; answers how many views, from the first on, are done with. Fewer than
  * burst->nr only when all that is left goes to one guest that has no buffers, which `*stalled` then names.
@@ -41,6 +35,8 @@ uint32_t switch_to_guest(const struct snapshot *snap, uint32_t port, uint32_t hi
 /* Frames for the NIC's host port, which there is. `drops`: of who sent them, NULL for the NIC. */
 void switch_to_host(const struct snapshot *snap, uint32_t nic, const struct xv_view *const *views, uint32_t n,
 		    uint64_t *drops, struct call_ctx *ctx);
+/* Count frames from the NIC that were for its host port and were dropped. */
+void switch_drop_to_host(const struct snapshot *snap, uint32_t nic, uint64_t n);
 /* Count frames that were for a guest (its place in the snapshot) and were dropped. */
 void switch_drop(const struct snapshot *snap, uint32_t port, uint32_t hint, enum xv_drop why, uint32_t n);
 /* GSO_BITs of what frames from a NIC may be joined to before they are switched to this guest. */

@@ -64,6 +64,28 @@ static uint32_t deliver_joined(struct worker *w, const struct snapshot *snap, co
 	return done;
 }
 
+static void burst_to_host(struct worker *w, const struct snapshot *snap, uint32_t port)
+{
+	const struct xv_view *views[XV_BURST];
+
+	for (uint32_t i = 0; i < w->burst.nr; i++)
+		views[i] = &w->burst.views[i];
+	switch_to_host(snap, port - XV_HOST_PORT, views, w->burst.nr, NULL, &w->calls);
+	count(w->counters.packets, w->burst.nr);
+}
+
+/* Frames from a NIC for its host port. A tap takes them at once, or loses them: they never wait. */
+static bool poll_xsk_of_host(struct worker *w, const struct snapshot *snap, const struct xsk_source *source)
+{
+	uint32_t dropped = xsk_rx_burst(source->xsk, &w->burst);
+
+	if (unlikely(dropped))
+		switch_drop_to_host(snap, source->port - XV_HOST_PORT, dropped);
+	burst_to_host(w, snap, source->port);
+	xsk_rx_release(source->xsk, w->burst.nr);
+	return w->burst.nr + dropped;
+}
+
 static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct xsk_source *source)
 {
 	struct xv_xsk *xsk = source->xsk;
@@ -73,6 +95,8 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 
 	if (!xsk_backlog(xsk))
 		return false;
+	if (unlikely(source->port >= XV_HOST_PORT))
+		return poll_xsk_of_host(w, snap, source);
 	if (unlikely(xsk->stalled_on && vring_usable(xsk->stalled_on) && !vring_has_buffers(xsk->stalled_on))) {
 		stalled = xsk->stalled_on;
 		xsk->stalled_at = cycles_now(); /* a joined frame waits for enough buffers, not for the first */
@@ -170,6 +194,14 @@ static uint32_t peeks(const struct port *port)
 	return port->gated ? 0 : switch_joins(port);
 }
 
+static bool poll_packet_of_host(struct worker *w, const struct snapshot *snap, const struct packet_source *source)
+{
+	packet_rx_burst(source->socket, &w->burst, 0);
+	burst_to_host(w, snap, source->port);
+	packet_rx_release(source->socket, w->burst.nr);
+	return w->burst.nr;
+}
+
 /* Frames for one guest by a packet socket. Those that it has no buffers for wait, in the slots and in the socket. */
 static bool poll_packet(struct worker *w, const struct snapshot *snap, const struct packet_source *source)
 {
@@ -178,6 +210,8 @@ static bool poll_packet(struct worker *w, const struct snapshot *snap, const str
 	const struct xv_view *views[XV_BURST];
 	uint32_t done = 0;
 
+	if (unlikely(source->port >= XV_HOST_PORT))
+		return poll_packet_of_host(w, snap, source);
 	if (likely(!stalled || !vring_usable(stalled) || vring_has_buffers(stalled))) {
 		stalled = NULL;
 		packet_rx_burst(socket, &w->burst, peeks(&snap->ports[source->port]));

@@ -300,6 +300,7 @@ struct world {
 	struct xv_packet *packet; /* the first guest's frames come by it, too */
 	struct xv_tapq *tap;     /* instead of the NIC queue */
 	struct xv_tapq *host;    /* the host's port */
+	bool host_gets;          /* the NIC's and the packet socket's frames are the host's, not the first guest's */
 	const struct xv_policy_conf *policies[3];
 	uint32_t nr_guests, mtu; /* mtu 0: 1500 */
 };
@@ -341,7 +342,9 @@ static inline void world_publish(struct world *w)
 	struct xv_nicq *queues[1] = {w->nic.nicq};
 	struct xv_xsk *xsks[1] = {w->nic.xsk};
 	struct xv_nic_conf nic = {.queues = (uintptr_t)queues, .nr_queues = !w->tap, .taps = (uintptr_t)&w->tap,
-				  .nr_taps = w->tap != NULL, .host = (uintptr_t)w->host, .mtu = w->mtu ? w->mtu : 1500};
+				  .nr_taps = w->tap != NULL, .host = (uintptr_t)w->host, .mtu = w->mtu ? w->mtu : 1500,
+				  .host_xsks = (uintptr_t)xsks, .nr_host_xsks = w->host_gets,
+				  .host_packet = w->host_gets ? (uintptr_t)w->packet : 0};
 	struct xv_snapshot_conf conf = {(uintptr_t)guests, (uintptr_t)&nic, (uintptr_t)macs, w->nr_guests, 1, 0, 0};
 
 	for (uint32_t i = 0; i < w->nr_guests; i++) {
@@ -355,8 +358,8 @@ static inline void world_publish(struct world *w)
 			.rings = (uintptr_t)rings[i],
 			.nr_rings = ctrl ? 5 : 2,
 			.xsks = (uintptr_t)xsks,
-			.packet = i == 0 ? (uintptr_t)w->packet : 0,
-			.nr_xsks = i == 0 && !w->tap, /* the NIC's frames are the first guest's */
+			.packet = i == 0 && !w->host_gets ? (uintptr_t)w->packet : 0,
+			.nr_xsks = i == 0 && !w->tap && !w->host_gets, /* the NIC's frames are the first guest's */
 			.features = d->features,
 			.policy = (uintptr_t)w->policies[i],
 			.ctrl = ctrl ? 4 : XV_NO_RING,
