@@ -10,6 +10,11 @@
  *
  * The VLAN is the 802.1Q tag's. An 802.1ad service tag is another number space: such frames go to those guests that
  * take any tag.
+ *
+ * Compiled twice. steer_tags.bpf.o (STEER_TAGS_BESIDE) is for devices whose drivers hand over frames with the outermost tag
+ * beside them: a NIC that strips it, a veth whose other end leaves it to "the device". It asks the driver, and puts the tag
+ * of a guest's frame back into it, so that the data plane finds every tag in its frame. What it passes stays as it came.
+ * The kernel takes it on one device only (it is "device-bound", since 6.8), in native mode, and steer.bpf.o anywhere.
  */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
@@ -25,6 +30,12 @@
 struct vlan_tag {
 	__be16 tci;
 	__be16 proto;
+};
+
+/* The outermost tag of a frame. Host byte order but for the protocol; `proto` 0: there is none. */
+struct tag {
+	__be16 proto;
+	__u16 tci;
 };
 
 const volatile struct steer_config config;
@@ -92,6 +103,58 @@ static __always_inline int find(__u64 key)
 	return -1;
 }
 
+#ifdef STEER_TAGS_BESIDE
+
+extern int bpf_xdp_metadata_rx_vlan_tag(const struct xdp_md *ctx, __be16 *vlan_proto, __u16 *vlan_tci) __ksym;
+
+/* The tag that the driver has beside the frame. */
+static __always_inline struct tag tag_beside(struct xdp_md *ctx)
+{
+	struct tag tag = {};
+
+	if (bpf_xdp_metadata_rx_vlan_tag(ctx, &tag.proto, &tag.tci))
+		tag.proto = 0;
+	return tag;
+}
+
+/* Puts it where it was on the wire. False: there is no room before the frame, which no driver that we know of does. */
+static __always_inline int put_tag_back(struct xdp_md *ctx, struct tag tag)
+{
+	struct vlan_ethhdr {
+		__u16 macs[6];
+		__be16 proto;
+		__be16 tci;
+	} *eth;
+	const __u16 *macs;
+
+	if (bpf_xdp_adjust_head(ctx, -(int)sizeof(struct vlan_tag)))
+		return 0;
+	eth = (void *)(long)ctx->data;
+	macs = eth->macs + sizeof(struct vlan_tag) / sizeof(*macs);
+	if ((void *)(eth + 1) > (void *)(long)ctx->data_end)
+		return 0;
+	for (int i = 0; i < 6; i++)
+		eth->macs[i] = macs[i];
+	eth->proto = tag.proto;
+	eth->tci = bpf_htons(tag.tci);
+	return 1;
+}
+
+#else
+
+static __always_inline struct tag tag_beside(struct xdp_md *ctx __attribute__((unused)))
+{
+	return (struct tag){};
+}
+
+static __always_inline int put_tag_back(struct xdp_md *ctx __attribute__((unused)),
+					struct tag tag __attribute__((unused)))
+{
+	return 1;
+}
+
+#endif
+
 static __always_inline int find_guest(const struct ethhdr *eth, __u16 vlan, int tagged)
 {
 	int slot = find(make_key(eth, vlan));
@@ -110,6 +173,7 @@ int xdpvhost_steer(struct xdp_md *ctx)
 	const struct vlan_tag *tag = data + sizeof(*eth);
 	__u32 queue = ctx->rx_queue_index;
 	__u16 vlan = STEER_VLAN_NONE;
+	struct tag beside, outer;
 	int tagged = 0;
 	int action;
 	int slot;
@@ -124,14 +188,20 @@ int xdpvhost_steer(struct xdp_md *ctx)
 		count(queue, STEER_HOST, STEER_PASS_MULTICAST);
 		return XDP_PASS;
 	}
-	if (eth->h_proto == bpf_htons(ETH_P_8021Q)) {
+	outer = beside = tag_beside(ctx);
+	if (!outer.proto && eth->h_proto == bpf_htons(ETH_P_8021Q)) {
 		if ((const void *)(tag + 1) > end) {
 			count(queue, STEER_HOST, STEER_SHORT);
 			return XDP_PASS;
 		}
-		vlan = bpf_ntohs(tag->tci) & VLAN_VID_MASK;
+		outer.tci = bpf_ntohs(tag->tci);
+	}
+	if (!outer.proto)
+		outer.proto = eth->h_proto;
+	if (outer.proto == bpf_htons(ETH_P_8021Q)) {
+		vlan = outer.tci & VLAN_VID_MASK;
 		tagged = vlan != STEER_VLAN_NONE;
-	} else if (eth->h_proto == bpf_htons(ETH_P_8021AD)) {
+	} else if (outer.proto == bpf_htons(ETH_P_8021AD)) {
 		vlan = STEER_VLAN_ANY;
 		tagged = 1;
 	}
@@ -144,6 +214,8 @@ int xdpvhost_steer(struct xdp_md *ctx)
 	action = XDP_DROP;
 	if (queue < config.nr_queues)
 		action = bpf_redirect_map(&xsks, STEER_XSK(config.nr_queues, slot, queue), XDP_DROP);
+	if (action == XDP_REDIRECT && beside.proto && !put_tag_back(ctx, beside))
+		action = XDP_DROP;
 	count(queue, slot, action == XDP_REDIRECT ? STEER_REDIRECT : STEER_NO_SOCKET);
 	return action;
 }

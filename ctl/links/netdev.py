@@ -27,6 +27,15 @@ class XdpFeatures(IntFlag):
     NDO_XMIT_SG = 64
 
 
+class RxMetadata(IntFlag):
+    """enum netdev_xdp_rx_metadata: what a device-bound XDP program can ask the driver about a frame."""
+
+    NOTHING = 0
+    TIMESTAMP = 1
+    HASH = 2
+    VLAN_TAG = 4
+
+
 class XskFeatures(IntFlag):
     """enum netdev_xsk_flags: what the driver does for frames that AF_XDP sends with metadata."""
 
@@ -39,6 +48,7 @@ class XskFeatures(IntFlag):
 class DeviceFeatures:
     xdp: XdpFeatures
     xsk: XskFeatures  # none before 6.8
+    metadata: RxMetadata = RxMetadata.NOTHING  # none before 6.6, no VLAN_TAG before 6.8
 
 
 class _DeviceMessage(genlmsg):  # type: ignore[misc]
@@ -77,4 +87,8 @@ def _features(answer: genlmsg) -> DeviceFeatures | None:
     xdp = answer.get_attr("NETDEV_A_DEV_XDP_FEATURES")
     if xdp is None:
         return None
-    return DeviceFeatures(XdpFeatures(xdp), XskFeatures(answer.get_attr("NETDEV_A_DEV_XSK_FEATURES") or 0))
+    return DeviceFeatures(
+        XdpFeatures(xdp),
+        XskFeatures(answer.get_attr("NETDEV_A_DEV_XSK_FEATURES") or 0),
+        RxMetadata(answer.get_attr("NETDEV_A_DEV_XDP_RX_METADATA_FEATURES") or 0),
+    )

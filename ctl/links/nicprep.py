@@ -56,6 +56,15 @@ def adoptable(journal: Journal, ifindex: int) -> list[Entry]:
     return [entry for entry in journal.pending() if entry.kind in ADOPTED and here <= entry.args.items()]
 
 
+def comes_beside(link: Link) -> bool:
+    """Whether VLAN tags can come beside frames whatever the device's features say.
+
+    Into a virtual device a sender on this machine puts such frames, into a bond its ports do. What is written into a
+    tap is whole.
+    """
+    return link.kind not in (None, "tun")
+
+
 class NicPrep:
     """The changes made to one NIC. `undo()` takes them back, last first."""
 
@@ -82,8 +91,8 @@ class NicPrep:
                 self.record("link_up")
             set_up(self.link.index, True)
 
-    def keep_vlan_tags(self) -> None:
-        """A NIC that insists on stripping them is a warning: frames of a VLAN look untagged to the program."""
+    def keep_vlan_tags(self) -> bool:
+        """Have them left in frames. Whether some may come beside them all the same: a NIC may insist on stripping."""
         now = ethtool.features(self.link.name)
         active = [name for name in VLAN_PARSING if name in now and now[name].active]
         wanted = {name: False for name in active if now[name].changeable}
@@ -92,10 +101,7 @@ class NicPrep:
             self._note_features({**dict.fromkeys(wanted, True), **known})
             ethtool.set_features(self.link.name, wanted)
             now = ethtool.features(self.link.name)
-        if any(now[name].active for name in active):
-            self.warnings.append(
-                "the NIC takes VLAN tags out of frames and can't be told not to: VLANs can't be told apart"
-            )
+        return comes_beside(self.link) or any(now[name].active for name in active)
 
     def keep_frames_apart(self) -> None:
         """For a generic program: the kernel's GRO joins frames before it, and sockets hold frames of the MTU's size.

@@ -17,7 +17,8 @@ from ..feature import Feature
 from ..links import ethtool
 from ..links.netdev import DeviceFeatures, XdpFeatures, device_features
 from ..links.netlink import Link, get_link
-from ..links.nicprep import VLAN_PARSING
+from ..links.nicprep import VLAN_PARSING, comes_beside
+from . import tags
 from .libbpf import BpfObject, attach_replacement, captured_log
 from .maps import MAX_QUEUES, size_maps
 from .program import OBJECT, PROGRAM, attached, bpffs
@@ -41,7 +42,7 @@ def probe(iface: str) -> list[Feature]:
         lambda: _queues(link),
         lambda: _mtu(link, reported),
         lambda: _tx_checksum(device),
-        lambda: _vlan(link),
+        lambda: _vlan(link, device),
         lambda: _classification(link),
         _hugepages,
     )
@@ -168,17 +169,21 @@ def _tx_checksum(device: DeviceFeatures | None) -> Feature:
     return Feature("tx-checksum", False, f"{why}: they are finished during the copy")
 
 
-def _vlan(link: Link) -> Feature:
+def _vlan(link: Link, device: DeviceFeatures | None) -> Feature:
     """Can the program see VLAN tags?"""
     name = "vlan-tags"
     found = {n: f for n, f in ethtool.features(link.name).items() if n in VLAN_PARSING}
     stuck = [n for n, f in found.items() if f.active and not f.changeable]
+    why = tags.refusal(device)
+    if not stuck and not comes_beside(link):
+        return Feature(name, True, "stay in the frame while xdpvhost runs")
+    if why is None:
+        return Feature(name, True, "in the frame or beside it: the driver tells the program, in native mode")
     if stuck:
-        return Feature(name, False, f"{', '.join(stuck)} can't be switched off: guests' VLANs can't be told apart")
-    if link.kind == "veth":
-        detail = "those that a stack at the other end adds stay beside the frame and are not seen"
-        return Feature(name, None, detail, "`ethtool -K PEER txvlan off` at the other end")
-    return Feature(name, True, "stay in the frame while xdpvhost runs")
+        detail = f"{', '.join(stuck)} can't be switched off, and {why}: guests' VLANs can't be told apart"
+        return Feature(name, False, detail, tags.remedy(link))
+    detail = f"those that a sender on this machine leaves beside the frame are not seen: {why}"
+    return Feature(name, None, detail, tags.remedy(link))
 
 
 def _classification(link: Link) -> Feature:

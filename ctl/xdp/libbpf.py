@@ -26,6 +26,7 @@ from ..errors import NicError
 log = logging.getLogger("xdpvhost.libbpf")
 
 PROG_TYPE_EXT = 28
+BPF_F_XDP_DEV_BOUND_ONLY = 1 << 6
 MODES = {0: None, 1: "native", 2: "generic", 3: "hardware", 4: "several"}  # enum XDP_ATTACHED_*
 
 # libbpf's and libxdp's print callback. A va_list argument is a pointer on every Linux ABI that Debian has 64-bit for.
@@ -117,6 +118,9 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_program__fd": (c_int, (c_void_p,)),
     "bpf_program__set_type": (c_int, (c_void_p, c_int)),
     "bpf_program__set_expected_attach_type": (c_int, (c_void_p, c_int)),
+    "bpf_program__set_ifindex": (None, (c_void_p, c_uint32)),
+    "bpf_program__flags": (c_uint32, (c_void_p,)),
+    "bpf_program__set_flags": (c_int, (c_void_p, c_uint32)),
     "bpf_program__set_attach_target": (c_int, (c_void_p, c_int, c_char_p)),
     "bpf_raw_tracepoint_open": (c_int, (c_char_p, c_int)),
     "bpf_map__fd": (c_int, (c_void_p,)),
@@ -298,6 +302,13 @@ class BpfObject:
         check(libbpf().bpf_program__set_type(handle, PROG_TYPE_EXT), f"BPF program {name}")
         check(libbpf().bpf_program__set_expected_attach_type(handle, 0), f"BPF program {name}")
         check(libbpf().bpf_program__set_attach_target(handle, target_fd, name.encode()), f"BPF program {name}")
+
+    def bind_to_device(self, name: str, ifindex: int) -> None:
+        """Before loading: this XDP program will run on one device only, and may ask its driver about frames (6.3)."""
+        handle = self._program(name)
+        flags = libbpf().bpf_program__flags(handle) | BPF_F_XDP_DEV_BOUND_ONLY
+        check(libbpf().bpf_program__set_flags(handle, flags), f"BPF program {name}")
+        libbpf().bpf_program__set_ifindex(handle, ifindex)
 
     def _program(self, name: str) -> int:
         handle: int | None = libbpf().bpf_object__find_program_by_name(self.handle, name.encode())

@@ -43,7 +43,7 @@ from ..links.journal import Entry, Journal
 from ..links.netdev import device_features
 from ..links.netlink import Link, device_mtu, get_link, link_name
 from ..links.nicprep import AddressFilter, NicPrep
-from . import gsosock, libxdp
+from . import gsosock, libxdp, tags
 from .maps import MAX_QUEUES, MAX_SLOTS
 from .packet import GROUPS, PacketSocket, Program, addressed_to
 from .program import PROGRAM, SteerProgram, refuse_occupied
@@ -91,6 +91,7 @@ class NicFacts:
     hugepages: str  # hugetlb, transparent or normal; mixed where the queues differ
     tx_checksums: str  # who finishes those that guests leave open: device, or copy: and why
     partial_checksums: bool  # local stacks send into it
+    vlan_tags: str  # where they are seen
     warnings: tuple[str, ...]
 
 
@@ -132,6 +133,7 @@ class Nic:
         self._gso, self._gso_fd = 0, -1
         self._framing: Framing
         self._program: SteerProgram | None = None  # None: --xdp-mode none
+        self._tags = tags.BOTH  # as packet sockets have it
         self._filter: AddressFilter
 
     @classmethod
@@ -184,13 +186,14 @@ class Nic:
     def _open(self, journal: Journal) -> None:
         link = get_link(self.iface)
         refuse_occupied(self.ifindex, self.iface)
-        checksums_why = checksums_here(device_features(self.ifindex))
+        device = device_features(self.ifindex)
+        checksums_why = checksums_here(device)
         self._framing = replace(framing_for(self.mtu), tx_metadata=checksums_why is None)
 
         prep = NicPrep(link, journal)
         self._stack.callback(prep.undo)
         prep.bring_up()
-        prep.keep_vlan_tags()
+        tags_beside = prep.keep_vlan_tags()
         nr_queues = prep.set_queues(self.options.queues)
         if nr_queues > MAX_QUEUES:
             raise NicError(
@@ -198,7 +201,7 @@ class Nic:
                 f"`ethtool -L {self.iface} combined {MAX_QUEUES}`"
             )
         if self.options.xdp_mode != "none":
-            self._attach(prep, nr_queues)
+            self._attach(prep, nr_queues, tags_beside, tags.refusal(device))
             prep.note_side_effects()
         self.link = ethtool.link_state(self.iface)
 
@@ -218,13 +221,18 @@ class Nic:
         self.mcast = self._owned(self._dp.packet_port(groups.socket.fileno()))
         self.facts = self._facts(link, driver, partial, checksums_why, prep.warnings)
 
-    def _attach(self, prep: NicPrep, nr_queues: int) -> None:
+    def _attach(self, prep: NicPrep, nr_queues: int, tags_beside: bool, tags_refusal: str | None) -> None:
         """The journal's entry comes first, and learns the program's id afterwards."""
         prep.expect_side_effects()
         entry = prep.record("xdp", name=PROGRAM)
         try:
             program = SteerProgram.attach(
-                self.ifindex, self.iface, self.options.xdp_mode, nr_queues, self._framing.several
+                self.ifindex,
+                self.iface,
+                self.options.xdp_mode,
+                nr_queues,
+                self._framing.several,
+                tags_beside=tags_beside and tags_refusal is None,
             )
         except BaseException:
             prep.done(entry)  # not undone by name: what is on the NIC by now may be another xdpvhost's
@@ -236,6 +244,13 @@ class Nic:
             prep.warnings.append(f"generic XDP is slower; {program.native_refusal}")
         if program.mode == "generic":
             prep.keep_frames_apart()
+        if program.sees_tags_beside:
+            self._tags = tags.BOTH
+        elif tags_beside:
+            self._tags = tags.UNSEEN
+            prep.warnings.append(tags.warning(prep.link, program.tags_refusal or tags_refusal or "unknown"))
+        else:
+            self._tags = tags.IN_FRAMES
 
     def _detach(self, prep: NicPrep, entry: Entry, program: SteerProgram) -> None:
         """What can't be detached stays in the journal, and `prep` tries once more."""
@@ -312,6 +327,7 @@ class Nic:
             hugepages=pages.pop() if len(pages) == 1 else "mixed",
             tx_checksums=f"copy: {checksums_why}" if checksums_why else "device",
             partial_checksums=partial,
+            vlan_tags=self._tags,
             warnings=tuple(warnings),
         )
 

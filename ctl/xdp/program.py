@@ -5,6 +5,10 @@ libxdp attaches it. With a bpffs and a kernel that takes freplace programs it go
 other programs; elsewhere it is the device's only program. Native mode is tried before generic unless one is asked for.
 A device that runs a foreign program outside a dispatcher is refused, never taken over.
 
+Where VLAN tags may come beside frames (ctl/xdp/tags.py), a program is tried first that sees those. It is bound to the
+device, which libxdp's dispatcher is not (before libxdp 1.6), so it is the device's only program; see
+docs/decisions/0011-tags-beside-frames.md.
+
 Every attempt loads the object anew: libxdp leaves a program that it has loaded for one way of attaching unusable for
 another.
 
@@ -31,6 +35,7 @@ PROGRAM = "xdpvhost_steer"
 SECTION = "xdp"
 DISPATCHER = "xdp_dispatcher"
 OBJECT = Path(__file__).parent.parent / "_native" / "steer.bpf.o"
+TAGS_OBJECT = OBJECT.with_name("steer_tags.bpf.o")
 XDP_MODES = ("auto", "native", "generic")
 
 _CHATTER = ("Kernel error message: ",)
@@ -90,8 +95,11 @@ def bpffs() -> str | None:
 class SteerProgram:
     """Our program, attached to one device. Owns the BPF object, and so the maps."""
 
-    def __init__(self, obj: BpfObject, handle: int, ifindex: int, nr_queues: int, frags: bool) -> None:
+    def __init__(
+        self, obj: BpfObject, handle: int, ifindex: int, nr_queues: int, frags: bool, sees_tags_beside: bool
+    ) -> None:
         self.frags = frags
+        self.sees_tags_beside = sees_tags_beside
         self._object: BpfObject | None = obj
         self._handle: int | None = handle
         self._ifindex = ifindex
@@ -105,20 +113,36 @@ class SteerProgram:
         assert found.mode is not None
         self.mode: str = found.mode
         self.dispatcher = found.dispatcher
-        self.dispatcher_detail = _dispatcher_detail(self.dispatcher)
+        self.dispatcher_detail = _dispatcher_detail(self.dispatcher, sees_tags_beside)
         self.native_refusal: str | None = None
+        self.tags_refusal: str | None = None  # why VLAN tags beside frames are not seen, although that was asked for
         self.maps = SteerMaps(obj, nr_queues)
 
     @classmethod
     def attach(
-        cls, ifindex: int, iface: str, mode: str, nr_queues: int, frags: bool = False, path: Path = OBJECT
+        cls,
+        ifindex: int,
+        iface: str,
+        mode: str,
+        nr_queues: int,
+        frags: bool = False,
+        path: Path = OBJECT,
+        tags_beside: bool = False,
     ) -> SteerProgram:
         """Load and attach. `mode`: auto, native or generic; `frags`: there will be frames of several pieces.
 
         Without `frags` a veth whose other end has a large MTU still wants a program that takes such frames: one is
-        tried when the other is refused. Raises NicError, and then nothing is attached.
+        tried when the other is refused. `tags_beside`: VLAN tags beside frames are to be seen, if possible; see
+        `tags_refusal`. Raises NicError, and then nothing is attached.
         """
         refuse_occupied(ifindex, iface)
+        if tags_beside:
+            bound = "" if mode == "generic" else cls._attach_bound(ifindex, nr_queues, frags)
+            if isinstance(bound, SteerProgram):
+                return bound
+            program = cls.attach(ifindex, iface, mode, nr_queues, frags, path)
+            program.tags_refusal = "generic XDP can't see it" if program.mode == "generic" else bound
+            return program
         refusals: dict[str, str] = {}
         attempts = [(frags, False), (frags, True)]  # with frames of several pieces; without libxdp's dispatcher
         if not frags:
@@ -144,20 +168,46 @@ class SteerProgram:
         raise NicError(f"interface {iface}: cannot attach the XDP program: {tried}")
 
     @classmethod
+    def _attach_bound(cls, ifindex: int, nr_queues: int, frags: bool) -> SteerProgram | str:
+        """The program that sees tags beside frames, or why it can't be had. What else is wrong, the plain one tells."""
+        if attached(ifindex):
+            return "other XDP programs are on the interface, and one that sees it must be alone"
+        error: OSError
+        for pieces in (frags,) if frags else (False, True):
+            with captured_log() as lines:
+                try:
+                    return cls._attempt(ifindex, "native", nr_queues, TAGS_OBJECT, True, pieces, bound=True)
+                except OSError as exc:
+                    error = exc
+            if error.errno != errno.ERANGE:
+                break
+        log.debug("interface %d: no program that sees VLAN tags beside frames: %s; %s", ifindex, error, lines)
+        return f"the kernel refuses a program that sees it ({libxdp.error_text(error.errno or 0)})"
+
+    @classmethod
     def _attempt(
-        cls, ifindex: int, mode: str, nr_queues: int, path: Path, skip_dispatcher: bool, frags: bool
+        cls,
+        ifindex: int,
+        mode: str,
+        nr_queues: int,
+        path: Path,
+        skip_dispatcher: bool,
+        frags: bool,
+        bound: bool = False,
     ) -> SteerProgram:
         obj = BpfObject(path)
         handle: int | None = None
         try:
             size_maps(obj, nr_queues)
+            if bound:
+                obj.bind_to_device(PROGRAM, ifindex)
             handle = libxdp.program_from_object(obj.handle, SECTION)
             if frags:
                 libxdp.allow_frags(handle)
             with libxdp.dispatcher_skipped(skip_dispatcher):
                 libxdp.attach(handle, ifindex, mode)
             try:
-                return cls(obj, handle, ifindex, nr_queues, frags)
+                return cls(obj, handle, ifindex, nr_queues, frags, bound)
             except BaseException:
                 libxdp.detach(handle, ifindex, mode)
                 raise
@@ -220,9 +270,11 @@ def detach_leftover(ifindex: int, program_id: int | None) -> bool:
     return bool(ours)
 
 
-def _dispatcher_detail(in_use: bool) -> str:
+def _dispatcher_detail(in_use: bool, bound: bool) -> str:
     if in_use:
         return "in libxdp's dispatcher"
+    if bound:
+        return "single program: it sees VLAN tags beside frames, and is bound to the interface for that"
     where = os.environ.get("LIBXDP_BPFFS", "/sys/fs/bpf")
     if bpffs() is None:
         return f"single program: no bpffs is mounted at {where} (`mount -t bpf bpf {where}`)"

@@ -19,7 +19,7 @@ from support.netns import World
 from xdpvhost.xdp import maps
 from xdpvhost.xdp.libbpf import BpfObject, XdpMd, run_once
 from xdpvhost.xdp.maps import VLAN_ANY, SteerMaps
-from xdpvhost.xdp.program import OBJECT, PROGRAM, SteerProgram
+from xdpvhost.xdp.program import OBJECT, PROGRAM, TAGS_OBJECT, SteerProgram
 from xdpvhost.xdp.xsk import AF_XDP, SOL_XDP
 
 HEADER = Path(__file__).parents[2] / "bpf" / "steer.h"
@@ -32,6 +32,8 @@ IN_VLAN = bytes.fromhex("525400000002")  # guest 1, VLAN 100 only
 DEFAULT = bytes.fromhex("525400000003")  # guest 2, untagged and any tag
 SPLIT = bytes.fromhex("525400000004")  # guest 0 in VLAN 100, guest 2 in every other
 DEAF = bytes.fromhex("525400000005")  # guest 3: its sockets are gone
+TWIN = bytes.fromhex("525400000006")  # guest 0 in VLAN 10, guest 1 in VLAN 20, nobody's without a tag
+TRUNK = bytes.fromhex("525400000007")  # guest 2 in VLANs 1, 10 and 4094
 STRANGER = bytes.fromhex("5254000000ff")
 SOURCE = bytes.fromhex("020000000099")
 BROADCAST = b"\xff" * 6
@@ -46,6 +48,11 @@ MACS = (
     (100, SPLIT, 0),
     (VLAN_ANY, SPLIT, 2),
     (0, DEAF, 3),
+    (10, TWIN, 0),
+    (20, TWIN, 1),
+    (1, TRUNK, 2),
+    (10, TRUNK, 2),
+    (4094, TRUNK, 2),
 )
 LISTENING = (0, 1, 2)  # on queues 0 to 2: nobody has a socket at queue 3
 
@@ -99,6 +106,21 @@ CASES = (
     Case("802.1ad with the number of a VLAN", frame(SPLIT, (AD, 100)), XDP_REDIRECT, 2, "redirect"),
     Case("802.1ad for an untagged guest", frame(UNTAGGED, (AD, 0)), XDP_PASS, None, "pass_unicast"),
     Case("two 802.1Q tags: the outer one counts", frame(IN_VLAN, (Q, 100), (Q, 5)), XDP_REDIRECT, 1, "redirect"),
+    Case("two guests with one MAC: the first one's VLAN", frame(TWIN, (Q, 10)), XDP_REDIRECT, 0, "redirect"),
+    Case("two guests with one MAC: the second one's", frame(TWIN, (Q, 20)), XDP_REDIRECT, 1, "redirect"),
+    Case("two guests with one MAC: neither's VLAN", frame(TWIN, (Q, 30)), XDP_PASS, None, "pass_unicast"),
+    Case("two guests with one MAC: untagged", frame(TWIN), XDP_PASS, None, "pass_unicast"),
+    Case("two guests with one MAC: a priority", frame(TWIN, (Q, 7 << 13)), XDP_PASS, None, "pass_unicast"),
+    Case("two guests with one MAC: 802.1ad", frame(TWIN, (AD, 10)), XDP_PASS, None, "pass_unicast"),
+    Case("two guests with one MAC: the inner tag", frame(TWIN, (Q, 30), (Q, 10)), XDP_PASS, None, "pass_unicast"),
+    Case("two guests with one MAC: behind 802.1ad", frame(TWIN, (AD, 30), (Q, 10)), XDP_PASS, None, "pass_unicast"),
+    Case("a trunk's first VLAN", frame(TRUNK, (Q, 1)), XDP_REDIRECT, 2, "redirect"),
+    Case("a trunk's last VLAN", frame(TRUNK, (Q, 0xF000 | 4094)), XDP_REDIRECT, 2, "redirect"),
+    Case("a VLAN that a trunk has not", frame(TRUNK, (Q, 2)), XDP_PASS, None, "pass_unicast"),
+    Case("untagged for a trunk", frame(TRUNK), XDP_PASS, None, "pass_unicast"),
+    Case("a priority before a VLAN: no VLAN", frame(DEFAULT, (Q, 7 << 13), (Q, 10)), XDP_REDIRECT, 2, "redirect"),
+    Case("VLAN 4095, which is reserved, is no key", frame(DEFAULT, (Q, 0xFFFF)), XDP_REDIRECT, 2, "redirect"),
+    Case("VLAN 4095 is not any tag", frame(TWIN, (Q, 0xFFFF)), XDP_PASS, None, "pass_unicast"),
     Case("tag cut off", frame(UNTAGGED, (Q, 0), size=14), XDP_PASS, None, "short"),
     Case("half a tag", frame(IN_VLAN, (Q, 100), size=17), XDP_PASS, None, "short"),
     Case("a tag and nothing else", frame(IN_VLAN, (Q, 100), size=18), XDP_REDIRECT, 1, "redirect"),
@@ -302,6 +324,17 @@ def test_an_address_changes_hands_under_traffic(bench: Bench) -> None:
     assert changed <= {(0, 0, "redirect"), (None, 0, "pass_unicast")}
 
 
+def test_a_program_that_asks_the_driver_is_bound_to_its_device(bench: Bench) -> None:
+    """And can be tried on frames there alone: tests/veth/test_tags.py."""
+    with BpfObject(TAGS_OBJECT) as obj, pytest.raises(OSError, match="cannot load"):
+        obj.load()
+    with BpfObject(TAGS_OBJECT) as obj:
+        obj.bind_to_device(PROGRAM, bench.ifindex)
+        obj.load()
+        with pytest.raises(OSError, match="Invalid argument"):
+            run_once(obj.program_fd(PROGRAM), frame(UNTAGGED))
+
+
 def test_mirror() -> None:
     """ctl/xdp/maps.py says the same as bpf/steer.h."""
     text = HEADER.read_text()
@@ -318,7 +351,12 @@ def test_mirror() -> None:
     assert defines["PROBES"] == maps.PROBES
     assert defines["EMPTY"] == maps.EMPTY
     assert maps.MAC.unpack(maps.GONE.to_bytes(8, sys.byteorder))[1][0] == defines["GONE_MAC"]
-    with BpfObject(OBJECT) as obj:
+    for path in (OBJECT, TAGS_OBJECT):
+        check_maps(path)
+
+
+def check_maps(path: Path) -> None:
+    with BpfObject(path) as obj:
         sizes = {name: obj.map(name).value_size for name in (".bss", ".rodata", "verdicts")}
         assert sizes == {
             ".bss": maps.ENTRIES * maps.ENTRY.size,

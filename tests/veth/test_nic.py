@@ -146,7 +146,8 @@ def test_close_gives_the_nic_back(pair: Pair, mode: str) -> None:
         assert pair.snapshot() != before
         assert nic.facts.xdp_in_use == mode
         assert features(NIC)["rx-gro"].active == (mode == "native")
-        assert ["(TSO) are lost" in warning for warning in nic.facts.warnings] == ([] if mode == "native" else [True])
+        about = [("(TSO) are lost" in warning, "VLAN tag" in warning) for warning in nic.facts.warnings]
+        assert about == ([] if mode == "native" else [(True, False), (False, True)])
         nic.close()
         nic.close()
         assert features(NIC)["rx-gro"].active
@@ -162,6 +163,7 @@ def test_facts(pair: Pair) -> None:
         assert (facts.xdp_asked, facts.xdp_in_use) == ("auto", "native")
         assert (facts.bind_asked, facts.bind_in_use) == ("auto", "copy")
         assert (facts.dispatcher, facts.chunk, facts.partial_checksums) == (False, 2048, True)
+        assert facts.vlan_tags == "in frames and beside them"
         assert "single program" in facts.dispatcher_detail
         assert facts.mac == pair.host.mac(NIC)
         assert (nic.ifindex, nic.nr_queues, len(nic.queues)) == (facts.ifindex, QUEUES, QUEUES)
@@ -510,7 +512,7 @@ def test_a_program_that_cannot_be_detached_stays_in_the_journal(pair: Pair, monk
 def test_side_effects_are_in_the_journal_before_they_happen(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def attach(*_: object) -> None:
+    def attach(*_: object, **__: object) -> None:
         seen.extend(pair.journal.path.read_text().splitlines())
         raise NicError("seen")
 
@@ -717,6 +719,8 @@ def test_features(pair: Pair) -> None:
         assert found["native-xdp"].supported
         assert found["zero-copy"].supported is False
         assert found["queues"].detail == "4 receive, 4 transmit"
+        assert found["vlan-tags"].supported
+        assert "or beside it" in found["vlan-tags"].detail
         assert pair.snapshot() == before
         with pair.open():
             occupied = next(feature for feature in probe(NIC) if feature.name == "xdp-free")
