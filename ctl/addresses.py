@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -27,16 +28,24 @@ if TYPE_CHECKING:
 
 def check_addresses(entry: GuestEntry, wanted: Addresses, others: Iterable[GuestEntry]) -> None:
     """Raises ConfigError for addresses that the guest may not have."""
-    new = set(wanted.all) - {entry.spec.mac}
+    new = set(wanted.all).difference(entry.spec.port.macs)
     if not new:
         return
     if entry.spec.mac_change != "allow":
         raise ConfigError(f"{_list(new)}: its SPEC says mac-change=deny")
+    place = replace(entry.place, addresses=wanted)
     for other in others:
-        if taken := new & other.listens_to:
+        if taken := new & place.meets(other.place):
             raise ConfigError(f"{_list(taken)}: guest {other.name!r} has it")
-    if taken := new & _local_addresses(int(time.monotonic())):
+        if taken := {mac for vlan, mac in other.place.learned if mac in new and place.covers((vlan, mac))}:
+            raise ConfigError(f"{_list(taken)}: guest {other.name!r} uses it")
+    if taken := new & addresses_here():
         raise ConfigError(f"{_list(taken)}: a network device of this machine has it")
+
+
+def addresses_here() -> set[bytes]:
+    """Those of this machine's own network devices."""
+    return _local_addresses(int(time.monotonic()))
 
 
 @lru_cache(maxsize=1)

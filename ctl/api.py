@@ -7,8 +7,9 @@ One request a line, one answer a line, any number of them a connection, answered
     {"result": {...}}
     {"error": {"kind": "ConfigError", "message": "...", "exit_code": 2}}
 
-Methods: status, stats, guest-add {spec}, guest-rm {name}, guest-list, down. A line that is no request, or longer than
-MAX_LINE bytes, is answered with an error and ends the connection; everything else keeps it.
+Methods: status, stats, guest-add {spec}, guest-set {name, set: {KEY: VALUE}}, guest-rm {name}, guest-list, down.
+A line that is no request, or longer than MAX_LINE bytes, is answered with an error and ends the connection; everything
+else keeps it.
 """
 
 from __future__ import annotations
@@ -72,6 +73,15 @@ def text_param(params: Params, key: str) -> str:
     if unknown:
         raise ConfigError(f"api request: unknown parameter {unknown[0]!r}; it takes {key!r} only")
     return value
+
+
+def texts_param(params: Params, key: str, texts: str) -> tuple[str, dict[str, str]]:
+    """The string `params[key]` and the object of strings `params[texts]`; ConfigError for all else."""
+    name = text_param({other: value for other, value in params.items() if other != texts}, key)
+    found = params.get(texts)
+    if not isinstance(found, dict) or not found or not all(isinstance(value, str) for value in found.values()):
+        raise ConfigError(f"api request: parameter {texts!r} must be an object of strings that isn't empty")
+    return name, found
 
 
 class ApiServer:

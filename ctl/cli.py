@@ -278,6 +278,23 @@ def guest_add(spec: str, run_dir: Path, as_json: bool) -> None:
     click.echo(f"guest {facts['name']}: {facts['mac']} on {where}")
 
 
+@guest.command("set")
+@click.argument("name")
+@click.argument("changes", metavar="KEY=VALUE…", nargs=-1, required=True)
+@run_dir_option
+@json_option
+def guest_set(name: str, changes: tuple[str, ...], run_dir: Path, as_json: bool) -> None:
+    """Change keys of a guest's SPEC while it runs: its MACs, VLANs, policy, limits, link.
+
+    A key without a value (`vlan=`) gets its default again. All is changed, or nothing. docs/switch.md has the keys.
+    """
+    facts = api.call(run_dir, "guest-set", {"name": name, "set": config.parse_changes(name, changes)})
+    if as_json:
+        _print_json(facts)
+    else:
+        click.echo(f"guest {facts['name']}: {facts['spec']}")
+
+
 @guest.command("rm")
 @click.argument("name")
 @run_dir_option
@@ -302,7 +319,10 @@ def guest_list(run_dir: Path, as_json: bool) -> None:
         return
     from . import view
 
-    view.console().print(view.guest_table(facts))
+    console = view.console()
+    console.print(view.guest_table(facts))
+    if (ports := view.port_table(facts)) is not None:
+        console.print(ports)
 
 
 @main.group()

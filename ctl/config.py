@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
+from .spec_policy import PORT_KEYS, PORT_MODES, PortSpec, canonical, describe_vlans, overlap, port_of
 
 SocketMode = Literal["server", "client"]
 PollMode = Literal["adaptive", "busy", "interrupt"]
@@ -44,16 +45,19 @@ RESERVED_NAMES = frozenset({"api"})  # RUN_DIR/api.sock is the daemon's own
 
 COMMON_KEYS = ("name", "mac", "queues")
 SOCKET_KEYS = ("socket", "socket-mode", "mac-change")
-SPEC_KEYS = (*COMMON_KEYS, *SOCKET_KEYS, "iface")  # of mode xdp; MODE_KEYS are the others'
+FIELD_KEYS = (*COMMON_KEYS, *SOCKET_KEYS, "iface")  # what GuestSpec has a field for
+SPEC_KEYS = (*FIELD_KEYS, *PORT_KEYS)  # of mode xdp; MODE_KEYS are the others'
 SPEC_SYNTAX = (
     "name=NAME,mac=MAC[,queues=N][,iface=IF][,socket=PATH][,socket-mode=server|client][,mac-change=deny|allow]"
+    "[,KEY=VALUE…]"
 )
+FIXED_KEYS = ("name", "mac", "queues", "socket", "socket-mode", "iface")  # of a guest that is there
 _TAP_KEYS = {"tap": "NAME", "owner": "USER", "group": "GROUP", "address": "IP[+IP…]"}
 _NODE_KEYS = {"tap": "NAME", "owner": "USER", "group": "GROUP"}
 # The keys that each other mode adds to COMMON_KEYS, and what their values are like. ctl/modes/MODE.py checks them.
 MODE_KEYS: dict[Mode, dict[str, str]] = {
     "xdp": {},
-    "tap": {**_TAP_KEYS, "socket": "PATH", "socket-mode": "server|client", "mac-change": "deny|allow"},
+    "tap": {**_TAP_KEYS, "socket": "PATH", "socket-mode": "server|client", "mac-change": "deny|allow", **PORT_KEYS},
     "vhost-net": _TAP_KEYS,
     "macvtap": _NODE_KEYS,
     "vf": {
@@ -115,6 +119,11 @@ class GuestSpec:
     def key(self, name: str) -> str | None:
         """The value of one of the mode's own keys, or None."""
         return dict(self.keys).get(name)
+
+    @property
+    def port(self) -> PortSpec:
+        """Its place in the switch, if the data plane serves it."""
+        return port_of(self)
 
 
 @dataclass(frozen=True)
@@ -231,13 +240,52 @@ def parse_guest(text: str, run_dir: Path = DEFAULT_RUN_DIR, mode: Mode = "xdp") 
         mac_change="allow" if change == "allow" else "deny",
         iface=values.get("iface"),
         mode=mode,
-        keys=tuple((key, value) for key, value in values.items() if key not in SPEC_KEYS),
+        keys=_own_keys(name, mode, values),
     )
+    _ = spec.port  # whether its keys go together
     if mode != "xdp":
         from .modes import mode_for
 
         mode_for(mode).check_spec(spec)
     return spec
+
+
+def _own_keys(name: str, mode: Mode, values: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    own = tuple((key, value) for key, value in values.items() if key not in FIELD_KEYS)
+    return canonical(name, own) if mode in PORT_MODES else own
+
+
+def parse_changes(name: str, texts: Iterable[str]) -> dict[str, str]:
+    """`key=value` each, or several with commas; a value may be empty. Raises ConfigError."""
+    what = f"guest {name!r}"
+    changes: dict[str, str] = {}
+    for part in (part for text in texts for part in text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"{what}: {part!r} is not key=value; to take a key out, write {part or 'key'}=")
+        if key in changes:
+            raise ConfigError(f"{what}: key {key!r} is given twice; give it once")
+        changes[key] = value
+    return changes
+
+
+def change_guest(spec: GuestSpec, changes: Mapping[str, str]) -> GuestSpec:
+    """`spec` with other values of some keys; an empty one is taken out, and so has its default again.
+
+    Raises ConfigError as `parse_guest` does, and for keys that a guest keeps for as long as it is there.
+    """
+    what = f"guest {spec.name!r}"
+    for key in changes:
+        if key in FIXED_KEYS:
+            raise ConfigError(
+                f"{what}: {key}= can't be changed while it is there; `xdpvhost guest rm {spec.name}`, then `guest add`"
+            )
+        if key not in spec_keys(spec.mode):
+            known = ", ".join(key for key in spec_keys(spec.mode) if key not in FIXED_KEYS)
+            raise ConfigError(f"{what}: unknown key {key!r}; those that can be changed are {known}")
+    now = dict(part.partition("=")[::2] for part in format_guest(spec).split(","))
+    now |= changes
+    return parse_guest(",".join(f"{key}={value}" for key, value in now.items() if value), mode=spec.mode)
 
 
 def format_guest(spec: GuestSpec) -> str:
@@ -287,14 +335,23 @@ def check_new_guest(spec: GuestSpec, others: Iterable[GuestSpec]) -> None:
             raise ConfigError(
                 f"guest {spec.name!r}: the name is in use; choose another, or `xdpvhost guest rm` it first"
             )
-        if spec.mac == other.mac:
+        if (mac := overlap(spec.port, other.port)) is not None:
+            key = "mac" if mac == spec.mac else "macs"
             raise ConfigError(
-                f"guest {spec.name!r}: mac={format_mac(spec.mac)} is taken by guest {other.name!r}; give each its own"
+                f"guest {spec.name!r}: {key}={format_mac(mac)} is taken by guest {other.name!r}{_where(spec, other)}; "
+                "give each its own"
             )
         if spec.socket == other.socket:
             raise ConfigError(
                 f"guest {spec.name!r}: socket path {spec.socket} is in use by guest {other.name!r}; give each its own"
             )
+
+
+def _where(spec: GuestSpec, other: GuestSpec) -> str:
+    """In which VLANs they meet, if one of them is in less than all."""
+    if not any({"vlan", "trunk"} & guest.port.given for guest in (spec, other)):
+        return ""
+    return f", which is in {describe_vlans(other.port.policy)}, and this one in {describe_vlans(spec.port.policy)}"
 
 
 def parse_guests(texts: Sequence[str], run_dir: Path, mode: Mode = "xdp") -> tuple[GuestSpec, ...]:

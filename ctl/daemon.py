@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, api, privileges
-from .api import ApiServer, Handler, Params, text_param
+from .api import ApiServer, Handler, Params, text_param, texts_param
 from .config import UpConfig, differing, parse_guest, wishes
 from .errors import NicError, XdpvhostError
 from .links.journal import Entry, Journal
@@ -141,6 +141,7 @@ class Daemon:
             "stats": self._api_stats,
             "wishes": self._api_wishes,
             "guest-add": self._api_guest_add,
+            "guest-set": self._api_guest_set,
             "guest-rm": self._api_guest_rm,
             "guest-list": self._api_guest_list,
             "down": self._api_down,
@@ -169,6 +170,10 @@ class Daemon:
     async def _api_guest_add(self, params: Params) -> Mapping[str, Any]:
         spec = parse_guest(text_param(params, "spec"), self._config.run_dir, self._config.mode)
         return self._service.add_guest(spec)
+
+    async def _api_guest_set(self, params: Params) -> Mapping[str, Any]:
+        name, changes = texts_param(params, "name", "set")
+        return self._service.set_guest(name, changes)
 
     async def _api_guest_rm(self, params: Params) -> Mapping[str, Any]:
         return await self._service.remove_guest(text_param(params, "name"))

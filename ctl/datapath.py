@@ -12,8 +12,10 @@ import ctypes
 import errno
 import logging
 import os
+import struct
 import threading
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass, field
 from functools import cache
@@ -677,33 +679,59 @@ class MacEntry:
     guest: int
 
 
+_MAC_CONF = struct.Struct("=6sHI")  # MacConf
+
+
+def pack_macs(keys: Iterable[tuple[int, bytes]], guest: int) -> bytes:
+    """What a publication's `macs` may have instead of MacEntry: these (VLAN, MAC) belong to guests[guest]."""
+    pack = _MAC_CONF.pack
+    return b"".join([pack(mac, vlan, guest) for vlan, mac in keys])
+
+
+def _packer(structure: type[Structure]) -> struct.Struct:
+    """Makes a whole struct of 32- and 64-bit words at once, which is ten times as fast as field by field."""
+    codes: dict[Any, str] = {c_uint64: "Q", c_uint32: "I"}
+    return struct.Struct("=" + "".join(codes[kind] for _, kind, *_ in structure._fields_))
+
+
+_GUEST_CONF = _packer(GuestConf)
+
+
+def _address(data: bytes) -> int:
+    """Of its first byte, for as long as it lives."""
+    return ctypes.cast(c_char_p(data), c_void_p).value or 0
+
+
 def _handles(objects: Sequence[_Native | None]) -> ctypes.Array[c_uint64]:
     return (c_uint64 * max(1, len(objects)))(*(o.handle if o else 0 for o in objects))
 
 
-def _policy_conf(policy: Policy, keep: list[object]) -> PolicyConf:
-    """`keep` gets what it points to."""
-    trunk = (c_uint64 * 64)()
-    for vlan in policy.trunk:
-        trunk[vlan // 64] |= 1 << vlan % 64
-    addresses = (IpConf * max(1, len(policy.addresses)))()
-    for conf, address in zip(addresses, policy.addresses, strict=False):
-        conf.address[: len(address.packed)] = address.packed
-        conf.version = address.version
-    keep += [trunk, addresses]
-    flags = (POLICY_SPOOF_CHECK if policy.spoof_check else 0) | (POLICY_ISOLATED if policy.isolated else 0)
-    flags |= (POLICY_IP_CHECK if policy.addresses else 0) | (POLICY_LINK_DOWN if policy.link_down else 0)
-    return PolicyConf(
-        trunk=ctypes.addressof(trunk) if policy.trunk else 0,
-        addresses=ctypes.addressof(addresses),
-        nr_addresses=len(policy.addresses),
-        access=policy.access,
-        flags=flags,
-        learn=policy.learn,
-        tx=BucketConf(policy.tx.rate, policy.tx.burst),
-        rx=BucketConf(policy.rx.rate, policy.rx.burst),
-        storm=BucketConf(policy.storm.rate, policy.storm.burst),
-    )
+class _PolicyConf:
+    """A policy as the data plane takes it, with what it points to."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._trunk = (c_uint64 * 64)()
+        for vlan in policy.trunk:
+            self._trunk[vlan // 64] |= 1 << vlan % 64
+        self._addresses = (IpConf * max(1, len(policy.addresses)))()
+        for conf, address in zip(self._addresses, policy.addresses, strict=False):
+            conf.address[: len(address.packed)] = address.packed
+            conf.version = address.version
+        flags = (POLICY_SPOOF_CHECK if policy.spoof_check else 0) | (POLICY_ISOLATED if policy.isolated else 0)
+        flags |= (POLICY_IP_CHECK if policy.addresses else 0) | (POLICY_LINK_DOWN if policy.link_down else 0)
+        self._conf = PolicyConf(
+            trunk=ctypes.addressof(self._trunk) if policy.trunk else 0,
+            addresses=ctypes.addressof(self._addresses),
+            nr_addresses=len(policy.addresses),
+            access=policy.access,
+            flags=flags,
+            learn=policy.learn,
+            tx=BucketConf(policy.tx.rate, policy.tx.burst),
+            rx=BucketConf(policy.rx.rate, policy.rx.burst),
+            storm=BucketConf(policy.storm.rate, policy.storm.burst),
+        )
+        self.address = ctypes.addressof(self._conf)
 
 
 class Datapath:
@@ -722,6 +750,7 @@ class Datapath:
         self.poll = poll
         self.event_fd = int(self._lib.xv_dp_event_fd(handle))
         self._threads: list[threading.Thread] = []
+        self._policies: dict[int, _PolicyConf] = {}  # of the last publication, by the policy's id
 
     @property
     def handle(self) -> c_void_p:
@@ -875,26 +904,44 @@ class Datapath:
         _check(self._lib.xv_packet_new(fd, byref(handle)), "packet socket")
         return PacketPort(handle.value or 0)
 
-    def publish(self, guests: Sequence[GuestState], nics: Sequence[NicState], macs: Sequence[MacEntry]) -> None:
-        """Make the workers see exactly this. When it returns, nothing touches what was left out."""
+    def publish(self, guests: Sequence[GuestState], nics: Sequence[NicState], macs: Sequence[MacEntry] | bytes) -> None:
+        """Make the workers see exactly this. When it returns, nothing touches what was left out.
+
+        `macs` may be what pack_macs() makes, one after the other. A policy is made into its conf when it is first seen,
+        so it is to be the same object as long as it is the same.
+        """
+        words = array("Q")  # handles that the confs point to
+        places: list[tuple[int, int, int, int]] = []
+        for state in guests:
+            rings = len(words)
+            if state.rings:
+                words.extend([0] * (max(state.rings) + 1))
+                for index, ring in state.rings.items():
+                    words[rings + index] = ring.handle
+            xsks = len(words)
+            words.extend([xsk.handle for xsk in state.xsks])
+            places.append((8 * rings, xsks - rings, 8 * xsks, len(words) - xsks))
+        base = words.buffer_info()[0]
+        policies: dict[int, _PolicyConf] = {}
+        rows = [
+            _GUEST_CONF.pack(
+                state.port.handle,
+                base + rings,
+                base + xsks,
+                state.packet.handle if state.packet else 0,
+                state.features,
+                self._policy(state.policy, policies) if state.policy is not None else 0,
+                nr_rings,
+                nr_xsks,
+                NO_RING if state.ctrl is None else state.ctrl,
+                state.nic,
+                state.worker,
+                state.max_pairs,
+            )
+            for state, (rings, nr_rings, xsks, nr_xsks) in zip(guests, places, strict=True)
+        ]
+        guest_table = b"".join(rows)
         keep: list[object] = []
-        guest_table = (GuestConf * max(1, len(guests)))()
-        for conf, state in zip(guest_table, guests, strict=False):
-            count = max(state.rings, default=-1) + 1
-            rings = _handles([state.rings.get(index) for index in range(count)])
-            xsks = _handles(state.xsks)
-            keep += [rings, xsks]
-            conf.guest = state.port.handle
-            conf.rings, conf.nr_rings = ctypes.addressof(rings), count
-            conf.xsks, conf.nr_xsks = ctypes.addressof(xsks), len(state.xsks)
-            conf.packet = state.packet.handle if state.packet else 0
-            conf.features = state.features
-            if state.policy is not None:
-                policy = _policy_conf(state.policy, keep)
-                keep.append(policy)
-                conf.policy = ctypes.addressof(policy)
-            conf.ctrl = NO_RING if state.ctrl is None else state.ctrl
-            conf.nic, conf.worker, conf.max_pairs = state.nic, state.worker, state.max_pairs
         nic_table = (NicConf * max(1, len(nics)))()
         for nic_conf, nic in zip(nic_table, nics, strict=False):
             queues, taps = _handles(nic.queues), _handles(nic.taps)
@@ -908,19 +955,24 @@ class Datapath:
             keep.append(host_xsks)
             nic_conf.host_xsks, nic_conf.nr_host_xsks = ctypes.addressof(host_xsks), len(nic.host_xsks)
             nic_conf.host_packet = nic.host_packet.handle if nic.host_packet else 0
-        mac_table = (MacConf * max(1, len(macs)))()
-        for mac_conf, mac in zip(mac_table, macs, strict=False):
-            mac_conf.mac[:] = list(mac.mac)
-            mac_conf.vlan, mac_conf.guest = mac.vlan, mac.guest
+        if not isinstance(macs, bytes):
+            macs = b"".join([_MAC_CONF.pack(entry.mac, entry.vlan, entry.guest) for entry in macs])
         conf_all = SnapshotConf(
-            guests=ctypes.addressof(guest_table),
+            guests=_address(guest_table),
             nics=ctypes.addressof(nic_table),
-            macs=ctypes.addressof(mac_table),
+            macs=_address(macs),
             nr_guests=len(guests),
             nr_nics=len(nics),
-            nr_macs=len(macs),
+            nr_macs=len(macs) // _MAC_CONF.size,
         )
         _check(self._lib.xv_publish(self.handle, byref(conf_all)), "cannot publish to the workers")
+        self._policies = policies
+
+    def _policy(self, policy: Policy, used: dict[int, _PolicyConf]) -> int:
+        """The address of its conf, kept in `used` for the next time."""
+        conf = used.get(id(policy)) or self._policies.get(id(policy)) or _PolicyConf(policy)
+        used[id(policy)] = conf
+        return conf.address
 
 
 def inflight_size(num: int, packed: bool) -> int:

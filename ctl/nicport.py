@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -54,8 +54,11 @@ class NicPort(Protocol):
         """Give it back as it was. After a publication without it. Idempotent."""
         ...
 
-    def add_guest(self, slot: int, name: str, macs: Sequence[tuple[int, bytes]]) -> list[Xsk]:
-        """Room for a guest, to whom nothing is steered yet. Raises NicError, and then nothing of it is left."""
+    def add_guest(self, slot: int, name: str, keys: Collection[tuple[int, bytes]]) -> list[Xsk]:
+        """Room for a guest, to whom nothing is steered yet. Raises NicError, and then nothing of it is left.
+
+        A key is (VLAN, MAC); VLAN 0 are untagged frames, 0xffff those of any other VLAN: ctl/pools.py.
+        """
         ...
 
     def packet_socket(self, slot: int) -> PacketPort | None:
@@ -64,7 +67,9 @@ class NicPort(Protocol):
 
     def steer(self, slot: int) -> None: ...
 
-    def set_macs(self, slot: int, macs: Sequence[tuple[int, bytes]]) -> None: ...
+    def set_keys(self, slot: int, keys: Collection[tuple[int, bytes]]) -> None:
+        """Its keys are these from now on. Raises NicError, and then nothing has changed."""
+        ...
 
     def unsteer(self, slot: int) -> None: ...
 

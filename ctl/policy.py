@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
+MAX_LEARNED = 1024  # addresses of one guest: XV_MAX_LEARNED
+
 
 @dataclass(frozen=True)
 class Bucket:

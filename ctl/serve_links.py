@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .config import GuestSpec, UpConfig, check_new_guest, format_guest, format_mac
-from .errors import DaemonError, XdpvhostError
+from .errors import ConfigError, DaemonError, XdpvhostError
 from .links import nicprep, rtnl
 from .links.changes import Changes, adoptable
 from .metrics import declared as m
@@ -124,6 +124,12 @@ class LinkService:
         facts = self._describe_guest(spec)
         log.info("guest %r: %s, queue pairs %d, device %s", spec.name, facts["mac"], spec.queues, facts["device"])
         return facts
+
+    def set_guest(self, name: str, changes: Mapping[str, str]) -> Mapping[str, Any]:
+        raise ConfigError(
+            f"guest {name!r}: in mode {self._config.mode} nothing can be changed while it is there; "
+            f"`xdpvhost guest rm {name}`, then `guest add`"
+        )
 
     async def remove_guest(self, name: str) -> Mapping[str, Any]:
         uplink = self._open_uplink()

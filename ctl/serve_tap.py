@@ -8,6 +8,7 @@ The bridge, and what moves there from the NIC, are in the journal and taken over
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .config import GuestSpec, UpConfig
@@ -20,6 +21,7 @@ from .rundir import interface_index
 from .serve_links import leftover_needs
 from .serve_xdp import XdpService
 from .service import Leftover, Needs
+from .spec_policy import PORT_KEYS
 from .tapnic import TapNic, random_port_mac, tap_name
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ class TapService(XdpService):
         super().__init__(config)
         if config.routed:
             raise ConfigError("--routed: a tap that all guests share is in a bridge; leave it out, or use --serve qemu")
-        tapped.check_tap_config(config)
+        tapped.check_tap_config(replace(config, guests=()))
         for spec in config.guests:
             check_spec(spec)
         self._wishes = {"mode": config.mode, "serve": config.serve, **tapped.tap_wishes(config)}
@@ -106,7 +108,8 @@ class TapService(XdpService):
 
 def check_spec(spec: GuestSpec) -> None:
     """Raises ConfigError for keys that are about a tap of the guest's own."""
-    if spec.keys:
-        raise ConfigError(
-            f"guest {spec.name!r}: {spec.keys[0][0]}= is for a tap that QEMU opens; leave it out, or use --serve qemu"
-        )
+    for key, _ in spec.keys:
+        if key not in PORT_KEYS:
+            raise ConfigError(
+                f"guest {spec.name!r}: {key}= is for a tap that QEMU opens; leave it out, or use --serve qemu"
+            )

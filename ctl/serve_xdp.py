@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from . import placement, privileges
-from .config import GuestSpec, UpConfig, check_new_guest, format_guest, format_mac
+from .config import GuestSpec, UpConfig, change_guest, check_new_guest, format_guest, format_mac
 from .datapath import DROP_NAMES, FAULT_CALL_BLOCKED, Datapath
+from .describe import describe_port
 from .errors import XdpvhostError
 from .links.journal import Journal
 from .links.nicprep import adoptable
@@ -163,6 +164,17 @@ class XdpService:
         ]
         return placement.choose(spec, ifaces, guests, [not nic.gone for nic in switch.nics])
 
+    def set_guest(self, name: str, changes: Mapping[str, str]) -> Mapping[str, Any]:
+        entry = self._switch.guests.get(name)
+        if entry is None:
+            raise no_such_guest(name, self.guests)
+        spec = change_guest(entry.spec, changes)
+        check_new_guest(spec, (other.spec for other in self._switch.others(entry)))
+        if spec != entry.spec:
+            self._switch.change_guest(name, spec)
+            log.info("guest %r: is now %s", name, format_guest(spec))
+        return describe_guest(entry)
+
     async def remove_guest(self, name: str) -> Mapping[str, Any]:
         async with self._removing:
             entry = self._switch.guests.get(name)
@@ -300,6 +312,7 @@ def describe_guest(entry: GuestEntry) -> dict[str, Any]:
         "slot": entry.slot,
         "mac": format_mac(spec.mac),
         "listens_to": sorted(map(format_mac, entry.listens_to)),
+        **describe_port(spec),
         "queues": spec.queues,
         "socket": str(spec.socket),
         "socket_mode": spec.socket_mode,

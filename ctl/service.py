@@ -71,6 +71,13 @@ class Service(Protocol):
         """Serve one more; its description. Raises XdpvhostError, and then nothing has changed."""
         ...
 
+    def set_guest(self, name: str, changes: Mapping[str, str]) -> Mapping[str, Any]:
+        """Give a guest's SPEC keys other values (an empty one: the default), while it runs; its description.
+
+        Raises XdpvhostError, and then nothing has changed.
+        """
+        ...
+
     async def remove_guest(self, name: str) -> Mapping[str, Any]:
         """Serve it no longer; its last description. Raises ConfigError when there is none."""
         ...

@@ -16,20 +16,19 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import datapath, guest_state
 from .addresses import check_addresses
 from .config import format_mac
 from .datapath import (
-    VLAN_ANY,
     Addresses,
     Datapath,
     GuestPort,
     GuestState,
-    MacEntry,
     Memory,
     NicState,
     PacketPort,
@@ -38,9 +37,11 @@ from .datapath import (
     Xsk,
 )
 from .errors import ConfigError, XdpvhostError
+from .pools import Key, Place
+from .spec_policy import check_mtu, describe_vlans
 from .vhost.errors import ProtocolError, RequestRefused, Violation
 from .vhost.wire import DUPLEX_UNKNOWN, SPEED_UNKNOWN, NetState
-from .xdp.maps import MAX_SLOTS
+from .xdp.maps import MAX_MACS, MAX_SLOTS
 
 if TYPE_CHECKING:
     from .config import GuestSpec
@@ -63,7 +64,7 @@ class GuestEntry:
     def __init__(self, switch: Switch, slot: int, spec: GuestSpec, nic: NicPort, port: GuestPort) -> None:
         self._switch = switch
         self.slot = slot
-        self.spec = spec
+        self.place = Place(spec, Addresses(spec.mac))
         self.nic = nic
         self.port = port
         self.xsks: Sequence[Xsk] = ()
@@ -77,7 +78,6 @@ class GuestEntry:
         self.rings: Mapping[int, Vring] = {}
         self.ctrl: int | None = None
         self._fault_seen = False
-        self.addresses = Addresses(spec.mac)
         self.next_request = 0.0  # when it may ask for other addresses again
         self.refusal_told = False  # in this session
         self.config_changed: Callable[[], None] = _nobody_to_tell
@@ -92,19 +92,27 @@ class GuestEntry:
         return self.spec.queues
 
     @property
+    def spec(self) -> GuestSpec:
+        return self.place.spec
+
+    @property
+    def addresses(self) -> Addresses:
+        return self.place.addresses
+
+    @property
     def mac(self) -> bytes:
         return self.addresses.mac
 
     @property
-    def listens_to(self) -> set[bytes]:
-        """Every address that is steered to it: its SPEC's, too, while it has another."""
-        return {self.spec.mac, *self.addresses.all}
+    def listens_to(self) -> frozenset[bytes]:
+        """Every address that is steered to it but what it has learned: its SPEC's, too, while it has another."""
+        return self.place.macs
 
     @property
     def net_state(self) -> NetState:
         link = self.nic.link
         return NetState(
-            link_up=link.up,
+            link_up=link.up and not self.place.policy.link_down,
             announce=self._announced is not None and self._announced == self.port.ctrl.announced,
             speed=SPEED_UNKNOWN if link.speed is None else link.speed,
             duplex=DUPLEX_UNKNOWN if link.full_duplex is None else int(link.full_duplex),
@@ -212,9 +220,9 @@ def _nobody_to_tell() -> None:
     pass
 
 
-def _steering(macs: Iterable[bytes]) -> list[tuple[int, bytes]]:
-    """Untagged frames, and those of any VLAN."""
-    return [(vlan, mac) for mac in sorted(macs) for vlan in (0, VLAN_ANY)]
+def _others(places: Mapping[GuestEntry, Place], entry: GuestEntry) -> list[frozenset[Key]]:
+    """The keys of everybody else."""
+    return [place.keys for other, place in places.items() if other is not entry]
 
 
 class Switch:
@@ -236,16 +244,14 @@ class Switch:
         """Make a guest's port and sockets and steer its frames there. On XdpvhostError nothing has changed."""
         if spec.name in self.guests:
             raise ConfigError(f"guest {spec.name!r} exists already; remove it first, or choose another name")
-        for other in self.guests.values():
-            if spec.mac in other.listens_to:
-                raise ConfigError(
-                    f"guest {spec.name!r}: guest {other.name!r} listens to {format_mac(spec.mac)}; give each its own"
-                )
         nic = self.nics[nic_index]
+        self._check_place(Place(spec, Addresses(spec.mac)), nic)
         slot = self._free_slot()
         entry = GuestEntry(self, slot, spec, nic, self.dp.guest(spec.name, spec.queues, spec.mac))
         try:
-            entry.xsks = nic.add_guest(slot, spec.name, _steering([spec.mac]))
+            if losers := self._without_learned(entry.place):
+                self.move(losers)
+            entry.xsks = nic.add_guest(slot, spec.name, entry.place.keys)
             entry.packet = nic.packet_socket(slot)
             self.guests[spec.name] = entry
             self.publish()
@@ -280,9 +286,7 @@ class Switch:
     def publish(self) -> None:
         """Show the workers everything as it is now; when it returns they have forgotten the rest."""
         guests: list[GuestState] = []
-        macs: list[MacEntry] = []
         for entry in self.guests.values():
-            macs += [MacEntry(mac, vlan, len(guests)) for vlan, mac in _steering(entry.listens_to)]
             guests.append(
                 GuestState(
                     port=entry.port,
@@ -294,8 +298,10 @@ class Switch:
                     rings=entry.rings,
                     features=entry.features,
                     ctrl=entry.ctrl,
+                    policy=entry.place.policy,
                 )
             )
+        macs = b"".join([entry.place.packed(index) for index, entry in enumerate(self.guests.values())])
         nics = [NicState(nic.queues, nic.mcast, nic.mtu, nic.taps) for nic in self.nics]
         self.dp.publish(guests, nics, macs)
 
@@ -345,18 +351,88 @@ class Switch:
 
     def listen_to(self, entry: GuestEntry, addresses: Addresses) -> None:
         """Steer these addresses, and its SPEC's, to a guest. Raises XdpvhostError, and then nothing has changed."""
-        before, kept = entry.addresses, entry.listens_to
-        if addresses == before:
-            return
-        entry.nic.set_macs(entry.slot, _steering(kept | set(addresses.all)))
-        entry.addresses = addresses
+        if addresses != entry.addresses:
+            self.move({entry: replace(entry.place, addresses=addresses)})
+
+    # ---- what is changed while guests run
+
+    def change_guest(self, name: str, spec: GuestSpec) -> GuestEntry:
+        """Give a guest the pool and policy of another SPEC, with the same name, MAC and queues.
+
+        Its session goes on. Raises XdpvhostError, and then nothing has changed.
+        """
+        entry = self.guests[name]
+        place = replace(entry.place, spec=spec)
+        self._check_place(place, entry.nic, entry)
+        place = replace(place, learned=frozenset(key for key in place.learned if place.may_learn(key)))
+        link = entry.net_state.link_up
+        self.move({entry: place, **self._without_learned(place, entry)})
+        if entry.net_state.link_up != link:
+            entry.config_changed()
+        return entry
+
+    def move(self, places: Mapping[GuestEntry, Place]) -> None:
+        """Give guests other places, in one publication: what is new is steered before it, what is old no more after it.
+
+        A key that goes from one guest to another is nobody's meanwhile. Raises XdpvhostError, and then nothing has
+        changed.
+        """
+        before = {entry: entry.place for entry in places}
+        kept = {entry: entry.place.keys.difference(*_others(places, entry)) for entry in places}
+
+        def steer(keys: Mapping[GuestEntry, frozenset[Key]]) -> None:
+            for entry, wanted in keys.items():
+                entry.nic.set_keys(entry.slot, wanted)
+
         try:
+            steer({entry: kept[entry] for entry in places if kept[entry] != before[entry].keys})
+            steer({entry: kept[entry] | place.keys for entry, place in places.items() if place.keys - kept[entry]})
+            for entry, place in places.items():
+                entry.place = place
             self.publish()
         except BaseException:
-            entry.addresses = before
-            entry.nic.set_macs(entry.slot, _steering(kept))
+            for entry, place in before.items():
+                entry.place = place
+            steer(kept)
+            steer({entry: place.keys for entry, place in before.items()})
             raise
-        entry.nic.set_macs(entry.slot, _steering(entry.listens_to))
+        steer({entry: place.keys for entry, place in places.items() if before[entry].keys - place.keys})
+
+    def _check_place(self, place: Place, nic: NicPort, entry: GuestEntry | None = None) -> None:
+        """Raises ConfigError for a pool that meets another, or that there is no room for, or limits below one frame.
+
+        `entry` is the guest that is to have it, if it is there already.
+        """
+        spec = place.spec
+        check_mtu(spec, nic.mtu)
+        keys = len(place.configured)
+        for other in self.guests.values():
+            if other is entry:
+                continue
+            if met := place.meets(other.place):
+                raise ConfigError(
+                    f"guest {spec.name!r}: guest {other.name!r} listens to {format_mac(min(met))}; give each its own"
+                )
+            if other.nic is nic:
+                keys += len(other.place.keys)
+        if keys > MAX_MACS:
+            raise ConfigError(
+                f"guest {spec.name!r}: {len(place.macs)} addresses in {describe_vlans(place.policy)} take "
+                f"{len(place.configured)} entries of the XDP program's table, and {keys - len(place.configured)} of "
+                f"{MAX_MACS} are taken; give it a shorter trunk=, fewer macs=, or neither vlan= nor trunk=, which "
+                "takes two entries an address"
+            )
+
+    def _without_learned(self, place: Place, entry: GuestEntry | None = None) -> dict[GuestEntry, Place]:
+        """What becomes of guests that have learned an address which `place` is to have: what is configured comes first.
+
+        `entry` is the guest that is to have it, if it is there already.
+        """
+        losers: dict[GuestEntry, Place] = {}
+        for other in self.guests.values():
+            if other is not entry and (lost := {key for key in other.place.learned if place.covers(key)}):
+                losers[other] = replace(other.place, learned=other.place.learned - lost)
+        return losers
 
     def _changed(self, follow: Callable[[NicPort], bool]) -> list[NicPort]:
         """The NICs of which `follow` says so. One that it fails for keeps no other from being followed."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -132,14 +132,14 @@ class TapNic:
 
     # ---- guests: the switch finds them by itself
 
-    def add_guest(self, slot: int, name: str, macs: Sequence[tuple[int, bytes]]) -> list[Xsk]:
+    def add_guest(self, slot: int, name: str, keys: Collection[tuple[int, bytes]]) -> list[Xsk]:
         """Raises NicError for the NIC's own address."""
-        self._refuse_own(f"guest {name!r}", macs)
+        self._refuse_own(f"guest {name!r}", keys)
         return []
 
-    def _refuse_own(self, what: str, macs: Sequence[tuple[int, bytes]]) -> None:
+    def _refuse_own(self, what: str, keys: Collection[tuple[int, bytes]]) -> None:
         own = self.network.mac
-        if any(mac == own for _, mac in macs):
+        if any(mac == own for _, mac in keys):
             raise NicError(f"{what}: {own.hex(':')} is the address of {self.iface} itself: give it another")
 
     def packet_socket(self, slot: int) -> PacketPort | None:
@@ -148,8 +148,8 @@ class TapNic:
     def steer(self, slot: int) -> None:
         pass
 
-    def set_macs(self, slot: int, macs: Sequence[tuple[int, bytes]]) -> None:
-        self._refuse_own("another address", macs)
+    def set_keys(self, slot: int, keys: Collection[tuple[int, bytes]]) -> None:
+        self._refuse_own("another address", keys)
 
     def unsteer(self, slot: int) -> None:
         pass

@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from .spec_values import write_rate, write_size
+
 PLAIN_WIDTH = 160  # of a table that goes into a file or pipe
 ASKED = {"xdp": "XDP mode", "bind": "AF_XDP bind"}  # names of facts that come as KEY_asked and KEY_in_use
 
@@ -90,6 +92,41 @@ def guest_table(guests: Sequence[Mapping[str, Any]]) -> Table:
     return table("guests", ("guest", *(["interface"] if several else []), *columns), rows)
 
 
+def port_table(guests: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Pool and policy, one row a guest that the data plane serves; None when there is none."""
+    rows = [
+        (
+            guest["name"],
+            guest["vlans"],
+            "+".join(guest["listens_to"]),
+            _checks(guest),
+            *(_limit(guest["limits"][way]) for way in ("tx", "rx", "storm")),
+            "on" if guest["link"] else "off",
+        )
+        for guest in guests
+        if "vlans" in guest
+    ]
+    columns = ("guest", "in", "macs", "checked", "tx limit", "rx limit", "storm limit", "link")
+    return table("pools and policy", columns, rows) if rows else None
+
+
+def _checks(guest: Mapping[str, Any]) -> str:
+    words = ["source MAC"] if guest["spoof_check"] else []
+    if guest["addresses"]:
+        words.append(f"IP {'+'.join(guest['addresses'])}")
+    if guest["isolated"]:
+        words.append("isolated")
+    return ", ".join(words) or "nothing"
+
+
+def _limit(limit: Mapping[str, int] | None) -> str:
+    if limit is None:
+        return "none"
+    if "bits" in limit:
+        return f"{write_rate(limit['bits'])}bit/s, burst {write_size(limit['burst'])}B"
+    return f"{limit['frames']}/s, burst {limit['burst']}"
+
+
 def _interface(guest: Mapping[str, Any]) -> str:
     """Which one, and whether xdpvhost chose it."""
     return str(guest["iface"]) if guest["iface_asked"] else f"{guest['iface']} (fewest guests)"
@@ -149,6 +186,8 @@ def status_view(status: Mapping[str, Any]) -> Group:
         facts = {key: value for key, value in nic.items() if key != "facts"} | nic["facts"]
         parts += _asked_and_facts(f"interface {facts.pop('iface')}", facts)
     parts.append(guest_table(status["guests"]))
+    if (ports := port_table(status["guests"])) is not None:
+        parts.append(ports)
     for guest in status["guests"]:
         if "device" in guest:
             parts += _device_facts(guest)

@@ -22,6 +22,7 @@ import errno
 import logging
 import socket
 import struct
+from collections import Counter
 
 from ..errors import NicError
 from . import ethtool
@@ -191,7 +192,7 @@ class AddressFilter:
     def __init__(self, sock: socket.socket, ifindex: int) -> None:
         self._socket = sock
         self._ifindex = ifindex
-        self._refused: set[bytes] = set()
+        self._refused: Counter[bytes] = Counter()  # by how many guests: in different VLANs, they may have the same
 
     @property
     def promiscuous(self) -> bool:
@@ -211,7 +212,7 @@ class AddressFilter:
             log.warning("interface %d: refuses %s in its filter (%s), promiscuous", self._ifindex, mac.hex(":"), exc)
             if not self._refused:
                 self._member(PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC, b"")
-            self._refused.add(mac)
+            self._refused[mac] += 1
 
     def remove(self, mac: bytes) -> None:
         """A device that is gone has forgotten it already."""
@@ -219,7 +220,7 @@ class AddressFilter:
             if mac not in self._refused:
                 self._member(PACKET_DROP_MEMBERSHIP, PACKET_MR_UNICAST, mac)
                 return
-            self._refused.discard(mac)
+            self._refused -= Counter((mac,))
             if not self._refused:
                 self._member(PACKET_DROP_MEMBERSHIP, PACKET_MR_PROMISC, b"")
         except OSError as exc:

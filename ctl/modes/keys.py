@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import re
 
 from ..config import GuestSpec
 from ..errors import ConfigError
 from ..links.rtnl import MAX_NAME
 from ..links.tap import Owner, owner
+from ..spec_values import Ip, addresses
 
 _IFNAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")
-
-Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def device_name(spec: GuestSpec) -> str:
@@ -55,24 +53,7 @@ def owner_of(spec: GuestSpec) -> Owner:
 def addresses_of(spec: GuestSpec) -> tuple[Ip, ...]:
     """The guest's own, out of address=A+B. Raises ConfigError."""
     text = spec.key("address")
-    if text is None:
-        return ()
-    found: list[Ip] = []
-    for part in text.split("+"):
-        try:
-            address = ipaddress.ip_address(part)
-        except ValueError:
-            raise ConfigError(
-                f"guest {spec.name!r}: address={text}: {part!r} is no IP address; write one, or several with + between"
-            ) from None
-        if address.is_multicast or address.is_unspecified or address.is_loopback or address.is_link_local:
-            raise ConfigError(
-                f"guest {spec.name!r}: address={text}: {part} is no address that can be routed to a guest"
-            )
-        if address in found:
-            raise ConfigError(f"guest {spec.name!r}: address={text}: {part} is there twice; give it once")
-        found.append(address)
-    return tuple(found)
+    return () if text is None else addresses(text, f"guest {spec.name!r}: address={text}")
 
 
 def virtio_device(name: str, mac: str, queues: int, size: int | None, packed: bool) -> str:

@@ -24,6 +24,8 @@ from ..links import addresses, bridge, opened, proxy, rtnl, sysctl, tap
 from ..links.changes import Changes
 from ..links.netlink import Link, get_link
 from ..service import Needs
+from ..spec_policy import PORT_KEYS
+from ..spec_values import Ip
 from . import keys
 from .base import LinkCounters
 
@@ -249,7 +251,13 @@ def check_tap_config(config: UpConfig) -> None:
 
 
 def check_routed(spec: GuestSpec, routed: bool) -> None:
-    """Raises ConfigError when a guest's addresses are missing, or good for nothing."""
+    """Raises ConfigError when a guest's addresses are missing, or good for nothing, or a key is for other guests."""
+    for key, _ in spec.keys:
+        if key in PORT_KEYS and key != "address":
+            raise ConfigError(
+                f"guest {spec.name!r}: {key}= is for guests that the data plane serves; leave it out, or use "
+                "--serve vhost-user"
+            )
     given = keys.addresses_of(spec)
     if routed and not given:
         raise ConfigError(f"guest {spec.name!r}: --routed needs its address; add address=IP to its SPEC")
@@ -290,7 +298,7 @@ def tap_feature(name: str, link: Link, detail: str) -> Feature:
     return Feature(name, True, detail)
 
 
-def _addresses(specs: Sequence[GuestSpec]) -> set[keys.Ip]:
+def _addresses(specs: Sequence[GuestSpec]) -> set[Ip]:
     """All addresses that these guests have."""
     return {address for spec in specs for address in keys.addresses_of(spec)}
 

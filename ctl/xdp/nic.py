@@ -98,17 +98,22 @@ class NicFacts:
 @dataclass
 class _Guest:
     name: str
-    macs: tuple[tuple[int, bytes], ...]
+    keys: frozenset[tuple[int, bytes]]
     sockets: list[GuestSocket]
     xsks: list[Xsk]
     packets: PacketSocket | None = None  # without XDP: where its frames come instead, and the data plane's side of it
     heard: PacketPort | None = None
     undo_steering: ExitStack = field(default_factory=ExitStack)
-    steered: dict[bytes, ExitStack] = field(default_factory=dict)  # by address: how to take it back
+    steered: set[tuple[int, bytes]] = field(default_factory=set)  # what of the keys is in the XDP program's table
+    accepted: set[bytes] = field(default_factory=set)  # what is in the NIC's filter for it
+
+    @property
+    def macs(self) -> set[bytes]:
+        return {mac for _, mac in self.keys}
 
 
 def _addressed_to(guest: _Guest) -> Program:
-    return addressed_to(dict.fromkeys(mac for _, mac in guest.macs))
+    return addressed_to(sorted(guest.macs))
 
 
 class Nic:
@@ -341,8 +346,8 @@ class Nic:
 
     # ---- guests
 
-    def add_guest(self, slot: int, name: str, macs: Sequence[tuple[int, bytes]]) -> list[Xsk]:
-        """Sockets for a guest on every queue. `macs` are (VLAN, address), VLAN 0 for untagged and 0xffff for any tag.
+    def add_guest(self, slot: int, name: str, keys: Collection[tuple[int, bytes]]) -> list[Xsk]:
+        """Sockets for a guest on every queue. `keys` are (VLAN, address), VLAN 0 for untagged and 0xffff for any tag.
 
         Without XDP there are none, but a packet socket: packet_socket().
 
@@ -350,12 +355,9 @@ class Nic:
         """
         if not 0 <= slot < MAX_SLOTS or slot in self._guests:
             raise NicError(f"interface {self.iface}: slot {slot} for guest {name!r} is taken or not below {MAX_SLOTS}")
-        if any(mac == self._mac for _, mac in macs):
-            raise NicError(
-                f"guest {name!r}: {self._mac.hex(':')} is the address of {self.iface} itself: give it another"
-            )
+        self._refuse_own(name, keys)
         with ExitStack() as undo, self._changing(name):
-            guest = _Guest(name, tuple(macs), [], [])
+            guest = _Guest(name, frozenset(keys), [], [])
             if self._program is None:
                 guest.packets = PacketSocket(self.iface)
                 undo.callback(guest.packets.close)
@@ -387,48 +389,59 @@ class Nic:
                 for queue, sock in enumerate(guest.sockets):
                     self._program.maps.set_socket(slot, queue, sock.fd)
                     undo.callback(self._quietly, self._program.maps.clear_socket, slot, queue)
-            undo.callback(self._drop_macs, guest, keep=())
-            for mac in dict.fromkeys(mac for _, mac in guest.macs):
-                self._add_mac(slot, mac)
+            undo.callback(self._drop_keys, guest, keep=frozenset())
+            self._add_keys(slot)
             if guest.packets:
                 guest.packets.listen(_addressed_to(guest))
                 undo.callback(self._quietly, guest.packets.silence)
             guest.undo_steering = undo.pop_all()
 
-    def set_macs(self, slot: int, macs: Sequence[tuple[int, bytes]]) -> None:
-        """Steer these addresses to the guest, and no others, from now on. Raises NicError, and then nothing changed."""
+    def set_keys(self, slot: int, keys: Collection[tuple[int, bytes]]) -> None:
+        """Steer frames with these keys to the guest, and no others, from now on.
+
+        Raises NicError, and then nothing has changed.
+        """
         guest = self._guests[slot]
-        before, guest.macs = guest.macs, tuple(macs)
+        self._refuse_own(guest.name, keys)
+        before, guest.keys = guest.keys, frozenset(keys)
         try:
             with self._changing(guest.name):
-                for mac in dict.fromkeys(mac for _, mac in macs):
-                    if mac not in guest.steered:
-                        self._add_mac(slot, mac)
+                self._add_keys(slot)
                 if guest.packets:
                     guest.packets.listen(_addressed_to(guest))
         except BaseException:
-            guest.macs = before
+            guest.keys = before
             raise
         finally:
-            self._drop_macs(guest, keep={mac for _, mac in guest.macs})
+            self._drop_keys(guest, keep=guest.keys)
 
-    def _add_mac(self, slot: int, mac: bytes) -> None:
+    def _refuse_own(self, name: str, keys: Collection[tuple[int, bytes]]) -> None:
+        if any(mac == self._mac for _, mac in keys):
+            raise NicError(
+                f"guest {name!r}: {self._mac.hex(':')} is the address of {self.iface} itself: give it another"
+            )
+
+    def _add_keys(self, slot: int) -> None:
+        """What of the guest's keys is missing. Raises NicError or OSError; the caller drops what there is by then."""
         guest, maps = self._guests[slot], self._program.maps if self._program else None
-        with ExitStack() as undo:
+        for mac in sorted(guest.macs - guest.accepted):
             self._filter.add(mac)
-            undo.callback(self._filter.remove, mac)
-            for vlan in (vlan for vlan, other in guest.macs if other == mac and maps is not None):
-                assert maps is not None
+            guest.accepted.add(mac)
+        for vlan, mac in sorted(guest.keys - guest.steered):
+            if maps is not None:
                 if maps.owner(vlan, mac) not in (None, slot):
                     raise NicError(f"guest {guest.name!r}: {mac.hex(':')} is another guest's in VLAN {vlan}")
                 maps.set_mac(vlan, mac, slot)
-                undo.callback(self._quietly, maps.clear_mac, vlan, mac)
-            guest.steered[mac] = undo.pop_all()
+            guest.steered.add((vlan, mac))
 
-    @staticmethod
-    def _drop_macs(guest: _Guest, keep: Collection[bytes]) -> None:
-        for mac in [mac for mac in guest.steered if mac not in keep]:
-            guest.steered.pop(mac).close()
+    def _drop_keys(self, guest: _Guest, keep: frozenset[tuple[int, bytes]]) -> None:
+        for vlan, mac in guest.steered - keep:
+            if self._program:
+                self._quietly(self._program.maps.clear_mac, vlan, mac)
+            guest.steered.discard((vlan, mac))
+        for mac in guest.accepted - {mac for _, mac in keep}:
+            self._filter.remove(mac)
+            guest.accepted.discard(mac)
 
     def unsteer(self, slot: int) -> None:
         """No more of its frames come in: they are the kernel's again. Before a publication without its sockets."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-from xdpvhost.config import GuestSpec
+from xdpvhost.config import GuestSpec, change_guest
 from xdpvhost.datapath import Datapath
 from xdpvhost.links.ethtool import LinkState
 from xdpvhost.nicport import NicPort
@@ -32,13 +32,13 @@ class NoNic:
     taps: Sequence[Any] = ()
     mcast = None
 
-    def add_guest(self, slot: int, name: str, macs: Sequence[tuple[int, bytes]]) -> list[Any]:
+    def add_guest(self, slot: int, name: str, keys: Collection[tuple[int, bytes]]) -> list[Any]:
         return []
 
     def packet_socket(self, slot: int) -> None:
         return None
 
-    def set_macs(self, slot: int, macs: Sequence[tuple[int, bytes]]) -> None:
+    def set_keys(self, slot: int, keys: Collection[tuple[int, bytes]]) -> None:
         pass
 
     def steer(self, slot: int) -> None:
@@ -92,13 +92,14 @@ class Plane:
         """A guest's socket."""
         return self._directory / f"{name}.sock"
 
-    def guest(self, pairs: int = 1, timeout: float = 10.0, mac_change: str = "deny") -> GuestEntry:
-        """Configures one more guest and serves its socket."""
+    def guest(self, pairs: int = 1, timeout: float = 10.0, mac_change: str = "deny", **keys: str) -> GuestEntry:
+        """Configures one more guest and serves its socket. `keys` are of its SPEC, with _ for -."""
         number = len(self.endpoints) + 1
         name = f"vm{number}"
         spec = GuestSpec(name, bytes((0x52, 0x54, 0, 0, 0, number)), pairs, self._directory / f"{name}.sock")
         if mac_change == "allow":
             spec = replace(spec, mac_change="allow")
+        spec = change_guest(spec, {key.replace("_", "-"): value for key, value in keys.items()})
         entry = self.loop.call(lambda: self.switch.add_guest(spec))
         endpoint = Endpoint(spec, entry, timeout)
         entry.config_changed = endpoint.config_changed

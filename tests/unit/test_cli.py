@@ -137,7 +137,15 @@ Fake = tuple[Path, list[tuple[str, Any]]]
 
 def test_help_is_golden() -> None:
     texts = []
-    commands = (["guest", "add"], ["trace", "drops"], ["stats"], ["qemu-args"], ["libvirt-xml"], ["clean"])
+    commands = (
+        ["guest", "add"],
+        ["guest", "set"],
+        ["trace", "drops"],
+        ["stats"],
+        ["qemu-args"],
+        ["libvirt-xml"],
+        ["clean"],
+    )
     for path in ([], ["up"], ["guest"], *commands):
         result = CliRunner().invoke(cli.main, [*path, "--help"], prog_name="xdpvhost", terminal_width=100)
         assert result.exit_code == 0

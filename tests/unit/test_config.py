@@ -55,7 +55,7 @@ def test_a_relative_socket_is_where_the_user_stands(tmp_path: Path, monkeypatch:
         ("name=vm1", ["'mac' is missing"]),
         (f"mac={MAC}", ["'name' is missing"]),
         (f"name=vm1,mac={MAC},", ["'' is not key=value"]),
-        (f"name=vm1,mac={MAC},vlan=3", ["unknown key 'vlan'", "queues, socket, socket-mode"]),
+        (f"name=vm1,mac={MAC},vlans=3", ["unknown key 'vlans'", "queues, socket, socket-mode"]),
         (f"Name=vm1,mac={MAC}", ["unknown key 'Name'"]),
         (f"name=vm1,name=vm2,mac={MAC}", ["'name' is given twice"]),
         (f"name=,mac={MAC}", ["'name' has no value"]),
