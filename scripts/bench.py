@@ -95,6 +95,7 @@ class Guest(NetDevice):
             queue_size=RING,
             memory_size=8 << 20,
         )
+        self.buffers: dict[int, int] = {}  # where those of each queue begin, as the guest sees it
 
     def ring(self, index: int) -> native.Ring:
         queue = self.queues[index]
@@ -113,7 +114,7 @@ class Guest(NetDevice):
         """Every descriptor with its buffer (of one frame to send, or empty to receive), all of them offered."""
         queue = self.queues[index]
         self.memory.set_u16(queue.avail, NO_INTERRUPT)  # it polls
-        start = self.memory.alloc(RING * BUFFER, 4096)
+        start = self.buffers[index] = self.memory.alloc(RING * BUFFER, 4096)
         for i in range(RING):
             gpa = start + i * BUFFER
             if frame is None:

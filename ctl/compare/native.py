@@ -78,6 +78,8 @@ class Probe(Structure):
         ("frame_len", c_uint32),
         ("run", c_uint32),
         ("frame", c_void_p),
+        ("others", c_void_p),
+        ("nr_others", c_uint64),
     )
 
 

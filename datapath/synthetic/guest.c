@@ -10,7 +10,8 @@
  *
  * xvg_probe: round trips. One loop is the network's end, which sends frames at the times of a schedule and takes them
  * back, and the guest, which returns each with its MAC addresses swapped. A frame's latency counts from the time when it
- * was due, not from when it was sent: a stall delays all that were due in it, and all of them are counted.
+ * was due, not from when it was sent: a stall delays all that were due in it, and all of them are counted. Other guests,
+ * which make noise, have their rings turned by the same loop.
  *
  * Descriptor i always describes buffer i, and the ring names them in turn: every device here uses buffers in the order
  * in which they were offered, so only the indexes move.
@@ -87,6 +88,8 @@ struct xvg_probe {
 	int32_t socket_fd, guest_fd;      /* guest_fd: a packet socket in place of rings; -1: rings */
 	uint32_t frame_len, run;
 	uint8_t *frame;
+	struct xvg_ring *others; /* other guests' rings, kept full meanwhile */
+	uint64_t nr_others;
 };
 
 API void xvg_offer(struct xvg_ring *r, uint32_t n);
@@ -405,6 +408,8 @@ int xvg_probe(struct xvg_probe *p)
 			echo_socket(p->guest_fd);
 		else
 			echo(p->rx, p->tx);
+		for (uint64_t r = 0; r < p->nr_others; r++)
+			turn(&p->others[r]);
 		receive(p);
 	}
 	return 0;
