@@ -37,7 +37,6 @@ SHORTEST_FRAME = 64
 BURST_SECONDS = 100  # the default burst is what the rate sends in a hundredth of a second,
 LEAST_BURST = (1 << 16) + 64  # and at least the longest frame that there is
 MAX_STORM = 10**9
-MAX_IPS = 256
 
 
 class _Key(NamedTuple):

@@ -19,6 +19,7 @@ RATE_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}  # bits a second, as ip
 SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20}  # bytes
 MAX_RATE = 10**12
 MAX_BURST = 2**30
+MAX_ADDRESSES = 64  # XV_MAX_ADDRESSES
 
 _RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
 _QUANTITY = re.compile(r"(\d{1,15})([kKMG]?)", re.ASCII)
@@ -88,6 +89,8 @@ def addresses(text: str, what: str) -> tuple[Ip, ...]:
         if address in found:
             raise ConfigError(f"{what}: {part} is there twice; give it once")
         found.append(address)
+    if len(found) > MAX_ADDRESSES:
+        raise ConfigError(f"{what[:60]}…: {len(found)} addresses, and a guest may have {MAX_ADDRESSES}")
     return tuple(found)
 
 

@@ -97,6 +97,7 @@ def test_rates_are_bits_and_bursts_are_bytes(keys: str, bucket: Bucket) -> None:
         ("address=10.0.0.1+10.0.0.1", ["is there twice"]),
         ("address=224.0.0.1", ["no address that can be routed"]),
         ("address=vm", ["'vm' is no IP address"]),
+        ("address=" + "+".join(f"10.0.0.{n}" for n in range(1, 66)), ["65 addresses", "64"]),
         ("storm=-1", ["storm=-1 is not a number"]),
         ("storm-burst=5", ["storm-burst= without storm="]),
         ("tx-rate=fast", ["tx-rate=fast is no rate", "500k, 100M"]),
