@@ -130,6 +130,13 @@ def main(verbose: bool) -> None:
     help="How AF_XDP sockets bind; auto: zerocopy, else copy.",
 )
 @click.option(
+    "--host-port",
+    is_flag=False,
+    flag_value=config.HOST_PORT_OF_EACH,
+    metavar="[NAME]",
+    help="A tap on each interface, through which the host joins its guests' network. [name: xvh-IF]",
+)
+@click.option(
     "--mode",
     type=click.Choice(config.MODES),
     default="xdp",
@@ -171,6 +178,7 @@ def up(
     poll: config.PollMode,
     xdp_mode: config.XdpMode,
     bind: config.BindMode,
+    host_port: str | None,
     mode: config.Mode,
     serve: config.Serve,
     bridge: str | None,
@@ -204,6 +212,7 @@ def up(
         macvtap_mode=macvtap_mode,
         pin_vhost=config.parse_cpus(pin_vhost) if pin_vhost else (),
         vfs=vfs,
+        host_port=config.check_host_port(host_port, ifaces),
     )
     from . import daemon
     from .service import service_for

@@ -34,6 +34,8 @@ SERVE_CHOICES: tuple[str, ...] = get_args(Serve)
 MACVTAP_CHOICES: tuple[str, ...] = get_args(MacvtapMode)
 
 DEFAULT_RUN_DIR = Path("/run/xdpvhost")
+HOST_PORT_OF_EACH = "xvh-IF"  # the names of host ports, where none is given: IF is each interface's
+HOST_PORT_LABEL = "host port"  # in metrics and traces, where guests have their names: no guest can have this one
 DEFAULT_METRICS = "127.0.0.1:9477"
 MAX_GUESTS = 512
 MAX_PAIRS = 128
@@ -75,11 +77,12 @@ MODE_KEYS: dict[Mode, dict[str, str]] = {
     "emulated": _TAP_KEYS,
 }
 
-# In which modes an option of `up` means something; the others are for all. `--serve vhost-user` has workers, too.
+# In which modes an option of `up` means something; the others are for all. `--serve vhost-user` has a data plane, too.
 _BRIDGED: tuple[Mode, ...] = ("tap", "vhost-net", "emulated")
 OPTION_MODES: dict[str, tuple[Mode, ...]] = {
     "workers": ("xdp",),
     "poll": ("xdp",),
+    "host_port": ("xdp",),
     "xdp_mode": ("xdp",),
     "bind": ("xdp",),
     "serve": ("tap",),
@@ -92,6 +95,7 @@ OPTION_MODES: dict[str, tuple[Mode, ...]] = {
 }
 
 _NO_WISHES = frozenset({"force", "guests"})
+_IFNAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(?P<sep>[:-])[0-9A-Fa-f]{2}(?:(?P=sep)[0-9A-Fa-f]{2}){4}")
 
@@ -155,6 +159,7 @@ class UpConfig:
     macvtap_mode: MacvtapMode = "bridge"
     pin_vhost: tuple[int, ...] = ()  # CPUs
     vfs: int | None = None  # None: those that there are, or one a guest
+    host_port: str | None = None  # a tap's name, or HOST_PORT_OF_EACH; None: no host port
 
     @property
     def iface(self) -> str:
@@ -388,6 +393,20 @@ def check_ifaces(ifaces: Sequence[str], mode: Mode) -> tuple[str, ...]:
     return tuple(ifaces)
 
 
+def check_host_port(name: str | None, ifaces: Sequence[str]) -> str | None:
+    """The name of the host port of one interface. Raises ConfigError."""
+    if name is None or name == HOST_PORT_OF_EACH:
+        return name
+    if not _IFNAME.fullmatch(name) or name in (".", "..", "all", "default"):
+        raise ConfigError(
+            f"--host-port {name}: is no name for an interface; use 1 to 15 letters, digits, underscores, dots and "
+            "hyphens"
+        )
+    if len(ifaces) > 1:
+        raise ConfigError(f"--host-port {name}: each of {len(ifaces)} interfaces has its own; leave the name out")
+    return name
+
+
 def parse_metrics(text: str) -> MetricsAddress | None:
     """`ADDR:PORT`, `[V6]:PORT`, or `none`."""
     if text == "none":
@@ -404,7 +423,7 @@ def check_options(mode: Mode, serve: Serve, given: Iterable[str]) -> None:
     """Raise ConfigError for an option of `up` that was given (by its parameter's name) and means nothing in `mode`."""
     for name in given:
         modes = OPTION_MODES.get(name)
-        served = mode == "tap" and serve == "vhost-user" and name in ("workers", "poll")
+        served = mode == "tap" and serve == "vhost-user" and name in ("workers", "poll", "host_port")
         if modes is not None and mode not in modes and not served:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option}: means nothing in mode {mode}, only in {', '.join(modes)}; leave it out")

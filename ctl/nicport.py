@@ -26,6 +26,11 @@ class NicPort(Protocol):
         ...
 
     @property
+    def mac(self) -> bytes:
+        """The interface's own address, which no guest may have."""
+        ...
+
+    @property
     def mtu(self) -> int: ...
 
     @property

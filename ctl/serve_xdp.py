@@ -23,9 +23,11 @@ from .config import GuestSpec, UpConfig, change_guest, check_new_guest, format_g
 from .datapath import DROP_NAMES, FAULT_CALL_BLOCKED, Datapath
 from .describe import describe_port
 from .errors import XdpvhostError
+from .hostport import name_for, refuse_taken
 from .links.journal import Journal
 from .links.nicprep import adoptable
 from .metrics.samples import Counters
+from .rundir import interface_index
 from .service import Leftover, no_such_guest
 from .switch import MAX_PAIRS_WITH_CTRL, Switch
 from .vhost.endpoint import Endpoint
@@ -34,6 +36,7 @@ from .xdp.nic import Nic, NicOptions
 
 if TYPE_CHECKING:
     from .api import Handler
+    from .hostport import HostPort
     from .metrics.declared import Sample
     from .nicport import NicPort
     from .switch import GuestEntry
@@ -80,7 +83,9 @@ class XdpService:
         self._switch = switch = Switch(dp)
         stack.callback(switch.close)
         for nic in self._open_nics(journal):
-            switch.add_nic(nic)
+            index = switch.add_nic(nic)
+            if config.host_port is not None:
+                switch.add_host_port(index, name_for(config.host_port, nic.iface, nic.ifindex), journal)
         dp.start()
         self._counters = Counters(dp, switch)
         stack.callback(self._counters.close)
@@ -103,6 +108,9 @@ class XdpService:
         wanted = [NicOptions(iface=iface, xdp_mode=config.xdp_mode, bind=config.bind) for iface in config.ifaces]
         for options in wanted:
             Nic.refuse(options)
+            if config.host_port is not None:
+                index = interface_index(options.iface)
+                refuse_taken(name_for(config.host_port, options.iface, index), options.iface)
         for options in wanted:
             yield Nic.open(options, self._dp, journal)
 
@@ -268,7 +276,7 @@ class XdpService:
         return {
             "workers": self._config.workers,
             "poll": self._config.poll,
-            "nics": [describe_nic(nic) for nic in self._switch.nics],
+            "nics": [describe_nic(nic, self._switch.hosts.get(nic)) for nic in self._switch.nics],
         }
 
     def describe_guests(self) -> list[dict[str, Any]]:
@@ -289,7 +297,7 @@ def _why_there(spec: GuestSpec) -> str:
     return "which has the fewest guests" if spec.iface is None else "as its SPEC says"
 
 
-def describe_nic(nic: NicPort) -> dict[str, Any]:
+def describe_nic(nic: NicPort, host: HostPort | None = None) -> dict[str, Any]:
     facts: dict[str, Any] = msgspec.to_builtins(nic.facts)
     return {
         "iface": nic.iface,
@@ -297,6 +305,7 @@ def describe_nic(nic: NicPort) -> dict[str, Any]:
         "state": "gone" if nic.gone else "there",
         "mtu": nic.mtu,
         "queues": nic.nr_queues,
+        "host_port": None if host is None else host.describe(),
         "facts": facts,
     }
 

@@ -37,6 +37,7 @@ from .datapath import (
     Xsk,
 )
 from .errors import ConfigError, XdpvhostError
+from .hostport import HostPort, address_for
 from .pools import Key, Place
 from .spec_policy import check_mtu, describe_vlans
 from .vhost.errors import ProtocolError, RequestRefused, Violation
@@ -45,6 +46,7 @@ from .xdp.maps import MAX_MACS, MAX_SLOTS
 
 if TYPE_CHECKING:
     from .config import GuestSpec
+    from .links.journal import Journal
     from .nicport import NicPort
 
 log = logging.getLogger(__name__)
@@ -232,6 +234,7 @@ class Switch:
         self.dp = dp
         self.guests: dict[str, GuestEntry] = {}
         self.nics: list[NicPort] = []
+        self.hosts: dict[NicPort, HostPort] = {}
         self._new_mtus: set[NicPort] = set()  # with an MTU that the workers and guests don't know yet
 
     def add_nic(self, nic: NicPort) -> int:
@@ -239,6 +242,28 @@ class Switch:
         self.nics.append(nic)
         self.publish()
         return len(self.nics) - 1
+
+    def add_host_port(self, nic_index: int, name: str, journal: Journal) -> None:
+        """Give the host a port among the guests of a NIC. On XdpvhostError nothing has changed."""
+        nic = self.nics[nic_index]
+        mac = address_for(nic.mac, [host.mac for host in self.hosts.values()])
+        self.hosts[nic] = host = HostPort.open(nic, name, mac, self._free_slot(from_end=True), self.dp, journal)
+        try:
+            self.publish()
+            host.steer()
+        except BaseException:
+            self._forget_host_port(nic)
+            raise
+
+    def _forget_host_port(self, nic: NicPort) -> None:
+        self.hosts[nic].unsteer()
+        host = self.hosts.pop(nic)
+        try:
+            self.publish()
+        except BaseException:
+            self.hosts[nic] = host  # the workers still see it
+            raise
+        host.close()
 
     def add_guest(self, spec: GuestSpec, nic_index: int = 0) -> GuestEntry:
         """Make a guest's port and sockets and steer its frames there. On XdpvhostError nothing has changed."""
@@ -276,12 +301,12 @@ class Switch:
         entry.nic.remove_guest(entry.slot)
         entry.port.close()
 
-    def _free_slot(self) -> int:
-        taken = {entry.slot for entry in self.guests.values()}
-        for slot in range(MAX_SLOTS):
+    def _free_slot(self, *, from_end: bool = False) -> int:
+        taken = {entry.slot for entry in self.guests.values()} | {host.slot for host in self.hosts.values()}
+        for slot in reversed(range(MAX_SLOTS)) if from_end else range(MAX_SLOTS):
             if slot not in taken:
                 return slot
-        raise ConfigError(f"there are {MAX_SLOTS} guests already, which is the most; remove one first")
+        raise ConfigError(f"there are {MAX_SLOTS} guests and host ports already, which is the most; remove one first")
 
     def publish(self) -> None:
         """Show the workers everything as it is now; when it returns they have forgotten the rest."""
@@ -303,6 +328,10 @@ class Switch:
             )
         macs = b"".join([entry.place.packed(index) for index, entry in enumerate(self.guests.values())])
         nics = [NicState(nic.queues, nic.mcast, nic.mtu, nic.taps) for nic in self.nics]
+        for index, nic in enumerate(self.nics):
+            if host := self.hosts.get(nic):
+                nics[index] = replace(nics[index], host=host.tapq, host_xsks=host.xsks, host_packet=host.packet)
+                macs += host.packed(index)
         self.dp.publish(guests, nics, macs)
 
     # ---- what guests ask for
@@ -406,6 +435,14 @@ class Switch:
         spec = place.spec
         check_mtu(spec, nic.mtu)
         keys = len(place.configured)
+        for host in self.hosts.values():
+            if host.mac in place.macs:
+                raise ConfigError(
+                    f"guest {spec.name!r}: {format_mac(host.mac)} is the address of host port {host.name}; give it "
+                    "another"
+                )
+            if host.nic is nic:
+                keys += len(host.keys)
         for other in self.guests.values():
             if other is entry:
                 continue
@@ -450,6 +487,8 @@ class Switch:
     def follow_links(self) -> None:
         """Tell the guests of NICs whose carrier or speed has changed."""
         changed = self._changed(lambda nic: nic.follow_link())
+        for host in self.hosts.values():
+            host.follow()
         for entry in self.guests.values():
             if entry.nic in changed:
                 entry.config_changed()
@@ -480,6 +519,8 @@ class Switch:
             try:
                 for name in list(self.guests):
                     self.remove_guest(name)
+                for nic in list(self.hosts):
+                    self._forget_host_port(nic)
                 self.nics = []
                 self.publish()
             except BaseException:

@@ -114,6 +114,10 @@ class TapNic:
         self.taps.clear()
 
     @property
+    def mac(self) -> bytes:
+        return self.network.mac
+
+    @property
     def nr_queues(self) -> int:
         return len(self.taps)
 

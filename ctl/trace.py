@@ -34,6 +34,7 @@ from typing import Any, Literal
 import click
 import msgspec
 
+from .config import HOST_PORT_LABEL
 from .errors import ConfigError, DaemonError, SilentError, XdpvhostError
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,8 @@ class Drop:
 
     def __str__(self) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(self.time))
-        whose = f"guest {self.guest or '?'} queue {self.queue}" if self.kind == "redirect" else "no guest"
+        port = HOST_PORT_LABEL if self.guest == HOST_PORT_LABEL else f"guest {self.guest or '?'}"
+        whose = f"{port} queue {self.queue}" if self.kind == "redirect" else "no guest"
         return f"{clock} {self.iface} {whose}: {self.cause}: {self.detail}"
 
 
@@ -187,6 +189,9 @@ class Resolver:
         return name
 
     def _find(self, slot: int) -> str | None:
+        for nic in self._status["nics"]:
+            if (nic.get("host_port") or {}).get("slot") == slot:
+                return HOST_PORT_LABEL
         return next((guest["name"] for guest in self._status["guests"] if guest["slot"] == slot), None)
 
 

@@ -234,9 +234,10 @@ def stats_view(stats: Mapping[str, Any], before: Mapping[str, Any] | None = None
     unit = "/s" if seconds else ""
     if label_values(counters, "xdpvhost_link_packets_total", "guest"):
         return Group(_link_stats(counters, number, unit))
-    return Group(
-        _guest_stats(counters, number, unit), _nic_stats(counters, number, unit), _worker_stats(counters, number, unit)
-    )
+    parts = [_guest_stats(counters, number, unit), _nic_stats(counters, number, unit)]
+    if label_values(counters, "xdpvhost_tap_gone", "iface"):
+        parts.append(_tap_stats(counters, number, unit))
+    return Group(*parts, _worker_stats(counters, number, unit))
 
 
 Number = Callable[..., str]
@@ -285,6 +286,24 @@ def _nic_stats(counters: Sequence[Counter], number: Number, unit: str) -> Table:
     moved = ("redirect", "no socket", "to host", "multicast", "received", "sent")
     columns = ("iface", "queue", *(f"{word}{unit}" for word in moved), f"drops{unit}", "kernel's XSK statistics")
     return table("NIC queues", columns, rows, right=2)
+
+
+def _tap_stats(counters: Sequence[Counter], number: Number, unit: str) -> Table:
+    rows = [
+        (
+            iface,
+            queue,
+            number("xdpvhost_tap_receive_packets_total", iface=iface, queue=queue),
+            number("xdpvhost_tap_receive_bytes_total", iface=iface, queue=queue),
+            _reasons(counters, "xdpvhost_tap_receive_drops_total", iface=iface, queue=queue),
+            number("xdpvhost_tap_transmit_packets_total", iface=iface, queue=queue),
+            number("xdpvhost_tap_transmit_gso_packets_total", iface=iface, queue=queue),
+            number("xdpvhost_tap_transmit_drops_total", iface=iface, queue=queue),
+        )
+        for iface, queue in label_values(counters, "xdpvhost_tap_gone", "iface", "queue")
+    ]
+    moved = (f"read{unit}", f"bytes{unit}", "drops", f"written{unit}", f"GSO{unit}", f"not taken{unit}")
+    return table("taps", ("tap or iface", "queue", *moved), rows, right=2)
 
 
 def _link_stats(counters: Sequence[Counter], number: Number, unit: str) -> Table:

@@ -33,6 +33,7 @@ def handlers(held: Collection[int] = ()) -> dict[str, Undo]:
     # Changes to the host for the sake of an interface, which stay when it goes. The handler gets None then.
     beside_it: dict[str, Beside] = {
         "wishes": _wishes,
+        "host_port": _host_port,
         "tap": tap.undo,
         "bridge": bridge.undo,
         "port": bridge.undo_port,
@@ -94,6 +95,10 @@ def _namespace_is_ours(args: Mapping[str, Any]) -> bool:
 
 def _wishes(_iface: str | None, args: Mapping[str, Any]) -> str:
     return f"interface {args['iface']}: was up in mode {args['wishes']['mode']}"
+
+
+def _host_port(_iface: str | None, args: Mapping[str, Any]) -> str:
+    return f"interface {args['iface']}: its host port {args['tap']} went with its daemon"
 
 
 def _link_up(iface: str, args: Mapping[str, Any]) -> str:

@@ -3,7 +3,8 @@
 
 Conventions. `rx` is towards the guest and `tx` is from it, as the guest sees them. `queue` counts NIC queues in
 `xdpvhost_xdp_*`, `xdpvhost_xsk_*` and `xdpvhost_nic_*`, those of a tap in `xdpvhost_tap_*`, and the guest's queue
-pairs in `xdpvhost_guest_*`. An empty `guest` label is the host's own share. Bytes are Ethernet frames without FCS.
+pairs in `xdpvhost_guest_*`. An empty `guest` label is the host's own share, `host port` that port's. A host port's
+tap is among `xdpvhost_tap_*` with its own name as `iface`. Bytes are Ethernet frames without FCS.
 Every series that can ever move exists with value 0 from the moment its object does.
 """
 
@@ -132,7 +133,8 @@ TAP_RX_PACKETS = Metric(
     "xdpvhost_tap_receive_packets_total",
     "counter",
     ("iface", "queue"),
-    "Frames read from the tap that stands for the NIC (`--serve vhost-user`); a GSO frame is one.",
+    "Frames read from a tap: the one that stands for the NIC (`--serve vhost-user`), or a host port, which is named by "
+    "its own interface; a GSO frame is one.",
 )
 TAP_RX_BYTES = Metric("xdpvhost_tap_receive_bytes_total", "counter", ("iface", "queue"), "Bytes of those frames.")
 TAP_RX_DROPS = Metric(

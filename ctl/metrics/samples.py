@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .. import __version__
+from ..config import HOST_PORT_LABEL
 from ..datapath import ABI, CTRL_NAMES, DROP_NAMES, RxCounters, TapqCounters, TxCounters
 from ..xdp.maps import GUEST_VERDICTS, HOST_VERDICTS
 from . import declared as m
@@ -22,6 +23,7 @@ from .declared import Sample
 
 if TYPE_CHECKING:
     from ..datapath import Datapath
+    from ..hostport import HostPort
     from ..nicport import NicPort
     from ..switch import GuestEntry, Switch
 
@@ -49,17 +51,19 @@ class Counters:
         yield Sample(m.BUILD_INFO, (__version__, str(ABI)), 1)
         guests = list(self._switch.guests.values())
         for nic in self._switch.nics:
-            yield from _nic_samples(nic, guests)
+            yield from _nic_samples(nic, self._switch.hosts.get(nic), guests)
         for guest in guests:
             yield from _guest_samples(guest)
         for worker in range(self._dp.workers):
             yield from _worker_samples(self._dp, worker)
 
 
-def _nic_samples(nic: NicPort, all_guests: list[GuestEntry]) -> Iterator[Sample]:
+def _nic_samples(nic: NicPort, host: HostPort | None, all_guests: list[GuestEntry]) -> Iterator[Sample]:
     guests = [guest for guest in all_guests if guest.nic is nic]
     slots: dict[int | None, str] = {guest.slot: guest.name for guest in guests}
     slots[None] = ""
+    if host is not None:
+        slots[host.slot] = HOST_PORT_LABEL
 
     verdicts = {
         (slot, queue, verdict): 0
@@ -73,9 +77,12 @@ def _nic_samples(nic: NicPort, all_guests: list[GuestEntry]) -> Iterator[Sample]
     for (slot, queue, verdict), count in verdicts.items():
         yield Sample(m.XDP_VERDICTS, (nic.iface, str(queue), slots[slot], verdict), count)
 
-    for guest in guests:
-        for queue, xsk in enumerate(guest.xsks):
-            labels = (nic.iface, str(queue), guest.name)
+    receivers = [(guest.name, guest.xsks) for guest in guests]
+    if host is not None:
+        receivers.append((HOST_PORT_LABEL, host.xsks))
+    for name, xsks in receivers:
+        for queue, xsk in enumerate(xsks):
+            labels = (nic.iface, str(queue), name)
             counters = xsk.counters
             yield Sample(m.XSK_RX_PACKETS, labels, counters.packets)
             yield Sample(m.XSK_RX_BYTES, labels, counters.bytes)
@@ -101,6 +108,8 @@ def _nic_samples(nic: NicPort, all_guests: list[GuestEntry]) -> Iterator[Sample]
 
     for queue, tap in enumerate(nic.taps):
         yield from _tap_samples((nic.iface, str(queue)), tap.counters)
+    if host is not None:
+        yield from _tap_samples((host.name, "0"), host.tapq.counters)
 
     if nic.mcast is not None:
         mcast = nic.mcast.counters

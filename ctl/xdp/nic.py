@@ -172,6 +172,10 @@ class Nic:
         framing_for(link.mtu)
 
     @property
+    def mac(self) -> bytes:
+        return self._mac
+
+    @property
     def nr_queues(self) -> int:
         return len(self.queues)
 

@@ -178,7 +178,7 @@ static int add_nics(struct snapshot *snap, const struct xv_snapshot_conf *conf)
 			return -EINVAL;
 		for (uint32_t g = 0; g < conf->nr_guests; g++)
 			nr_guests += guests[g].nic == i;
-		result = add_taps(snap, i, &confs[i], nr_guests < 2);
+		result = add_taps(snap, i, &confs[i], nr_guests + !!confs[i].host < 2);
 		if (result)
 			return result;
 		nic->nr_queues = confs[i].nr_queues;

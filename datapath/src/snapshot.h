@@ -76,7 +76,7 @@ struct mcast_source {
 struct tap_source {
 	struct xv_tapq *tap;
 	uint32_t nic;
-	bool alone; /* there is one guest at most on that NIC */
+	bool alone; /* there is one guest at most on that NIC, and no host port */
 	bool is_host; /* a host port, no way to the network */
 	struct uplink uplink; /* a host port's */
 };

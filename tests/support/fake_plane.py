@@ -45,7 +45,7 @@ class FakePort:
         return self._tx[pair]
 
 
-@dataclass
+@dataclass(eq=False)  # a key in FakeSwitch.hosts
 class FakeNic:
     iface: str = "eth0"
     ifindex: int = 7
@@ -111,6 +111,7 @@ class FakeSwitch:
     def __init__(self, *names: str, queues: int = 2) -> None:
         nic = FakeNic(nr_queues=queues, slots=list(range(len(names))))
         self.nics = [nic]
+        self.hosts: dict[FakeNic, Any] = {}
         self.guests = {
             name: FakeEntry(
                 GuestSpec(name, bytes([0x52, 0x54, 0, 0, 0, slot + 1]), queues, Path(f"/run/xdpvhost/{name}.sock")),

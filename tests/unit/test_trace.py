@@ -39,6 +39,14 @@ def test_an_index_names_the_guest_and_an_error_the_cause(
     assert str(drop).endswith(f"eth0 guest {guest or '?'} queue {queue}: {cause}: {drop.detail}")
 
 
+def test_a_host_port_has_a_slot_too() -> None:
+    status = copy.deepcopy(STATUS)
+    status["nics"][0]["host_port"] = {"tap": "xvh-eth0", "slot": 511}
+    drop = Resolver(lambda: status).drop(RawEvent(prog_id=23, ifindex=7, act=4, err=-105, map_index=4 * 511 + 2))
+    assert drop.guest == "host port"
+    assert f"eth0 host port queue 2: rx_ring_full: {drop.detail}" in str(drop)
+
+
 def test_an_exception_belongs_to_no_guest() -> None:
     drop = Resolver(lambda: STATUS).drop(RawEvent(kind=1, ifindex=7, act=4))
     assert (drop.kind, drop.guest, drop.queue) == ("exception", None, None)
