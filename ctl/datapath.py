@@ -43,6 +43,7 @@ TX_METADATA = 24
 VRING_LOG_USED = 1
 NICQ_GSO_TCP4, NICQ_GSO_TCP6, NICQ_GSO_ECN, NICQ_GSO_UDP = 1, 2, 4, 8
 START_POLL = 0.001  # seconds between looks whether a worker has made its first turn
+WORKER_NICE = -20  # of workers that never sleep
 POLL_MODES = {"adaptive": 0, "busy": 1, "interrupt": 2}
 DROP_MAX = 17
 MAX_MACS = 16  # unicast addresses that a guest may listen to besides its own
@@ -781,6 +782,11 @@ class Datapath:
             os.sched_setaffinity(0, {cpu})
         except OSError as exc:
             log.warning("worker %d: cannot pin to CPU %d: %s", index, cpu, exc)
+        if self.poll == "busy":  # the others give way when somebody else wants their CPU: contended() in worker.c
+            try:
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WORKER_NICE)
+            except OSError as exc:
+                log.debug("worker %d: no better priority: %s", index, exc)
         result = self._lib.xv_worker_run(self._handle, index)
         if result < 0:
             log.error("worker %d stopped: %s", index, os.strerror(-result))

@@ -56,6 +56,7 @@ static int worker_init(struct xv_dp *dp, uint32_t index)
 
 	w->dp = dp;
 	w->index = index;
+	w->serial = UINT64_MAX; /* of none */
 	w->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	w->epfd = epoll_create1(EPOLL_CLOEXEC);
 	if (w->wake_fd < 0 || w->epfd < 0 || epoll_ctl(w->epfd, EPOLL_CTL_ADD, w->wake_fd, &event))
@@ -85,6 +86,7 @@ int xv_dp_new(const struct xv_dp_conf *conf, struct xv_dp **out)
 	dp->conf = *conf;
 	for (uint32_t i = 0; i < conf->workers; i++)
 		dp->workers[i].wake_fd = dp->workers[i].epfd = -1;
+	dp->generation = 1;
 	dp->cycles_per_us = measure_cycles_per_us();
 	dp->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	result = dp->event_fd < 0 ? -errno : snapshot_new(&nothing, conf->workers, &dp->snap);
@@ -204,14 +206,28 @@ static void unregister(struct source *source)
 {
 	if (source->epfd >= 0)
 		epoll_ctl(source->epfd, EPOLL_CTL_DEL, source->fd, NULL);
-	source->epfd = -1;
+	store_once(&source->epfd, -1); /* a worker may ask whether events will come; it adopts another snapshot before it relies on it */
 }
 
+static bool was_published(const struct xv_dp *dp, const struct source *source)
+{
+	return source->generation == dp->generation;
+}
+
+static void find_moves(struct xv_dp *dp, struct source *source, uint32_t worker, uint32_t events)
+{
+	(void)events;
+	dp->moves |= was_published(dp, source) && source->worker != worker;
+}
+
+/* dp->generation is the new snapshot's already. */
 static void mark(struct xv_dp *dp, struct source *source, uint32_t worker, uint32_t events)
 {
-	(void)worker;
 	(void)events;
+	if (source->generation != dp->generation - 1)
+		source->state = SOURCE_UNLISTED; /* no worker has it */
 	source->generation = dp->generation;
+	source->worker = worker;
 }
 
 static void unregister_unmarked(struct xv_dp *dp, struct source *source, uint32_t worker, uint32_t events)
@@ -232,7 +248,7 @@ static void ensure_registered(struct xv_dp *dp, struct source *source, uint32_t 
 		return;
 	unregister(source);
 	if (!epoll_ctl(epfd, EPOLL_CTL_ADD, source->fd, &event))
-		source->epfd = epfd;
+		store_once(&source->epfd, epfd);
 	else
 		store_once(&dp->workers[worker].blind, true); /* ENOSPC, ENOMEM */
 }
@@ -293,27 +309,31 @@ static void begin(struct xv_vring *vr, bool *any)
 }
 
 /*
- * Rings that take the place of others go on where those are, which must have come to a rest by then, and no frame may
- * find neither. So the workers are held: no snapshot, nothing to do, until the new rings know their places. What comes
- * meanwhile, some microseconds, waits where it is.
+ * No snapshot, nothing to do: when this returns no worker touches a ring, and what was queued for NICs has been flushed, as
+ * far as they take it.
  */
-static void hold_for_followers(struct xv_dp *dp, const struct snapshot *snap)
+static void hold(struct xv_dp *dp)
 {
-	bool any = false;
-
-	for_each_vring(snap, follows, &any);
-	if (!any)
-		return;
+	store_once(&dp->held, dp->snap->serial);
 	__atomic_store_n(&dp->snap, NULL, __ATOMIC_SEQ_CST);
 	for (uint32_t i = 0; i < dp->conf.workers; i++)
 		worker_wake(&dp->workers[i]); /* one that is about to sleep counts as held either way */
 	xv_quiesce(dp);
 }
 
+/*
+ * The workers are held while
+ * - a source moves from one to another. No ring is ever read by two, no frame of the old worker's comes behind one of the new
+ *   one's, and no event reaches a worker that does not have its source yet;
+ * - rings take the place of others: they go on where those are, which must have come to a rest by then, and no frame may
+ *   find neither.
+ * What comes meanwhile, some microseconds, waits where it is.
+ */
 int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf)
 {
 	struct snapshot *old = dp->snap, *snap;
 	int result = snapshot_new(conf, dp->conf.workers, &snap);
+	bool follow = false;
 
 	if (result)
 		return result;
@@ -321,14 +341,20 @@ int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf)
 		snap->ports[i].guest->event_fd = dp->event_fd;
 		snap->ports[i].guest->dp = dp;
 	}
+	snap->serial = old->serial + 1;
+	for_each_vring(snap, follows, &follow);
+	dp->moves = false;
+	for_each_source(dp, snap, find_moves);
+	if (dp->moves)
+		hold(dp);
 	dp->generation++;
 	for_each_source(dp, snap, mark);
 	for_each_source(dp, old, unregister_unmarked); /* first, for a new ring may have the old one's descriptor */
 	for (uint32_t i = 0; i < dp->conf.workers; i++)
 		store_once(&dp->workers[i].blind, false);
 	for_each_source(dp, snap, ensure_registered);
-	snap->serial = old->serial + 1;
-	hold_for_followers(dp, snap);
+	if (follow && !dp->moves)
+		hold(dp);
 	for_each_vring(snap, begin, NULL);
 	__atomic_store_n(&dp->snap, snap, __ATOMIC_SEQ_CST);
 	xv_quiesce(dp);

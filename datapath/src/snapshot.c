@@ -55,6 +55,16 @@ static struct uplink uplink_of(const struct nic *nic, uint32_t worker, uint32_t 
 	return (struct uplink){.nicq = nic->queues[(worker + i) % nic->nr_queues]};
 }
 
+/* Once, before workers see it. */
+static void bind_ring(struct xv_vring *vr, uint32_t index, struct guest_queue *queue, uint64_t *kicks)
+{
+	if (vr->begun)
+		return;
+	vr->index = index;
+	vr->queue = queue;
+	vr->kick.events = kicks;
+}
+
 static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_guest_conf *conf, uint32_t nr_guests)
 {
 	struct xv_vring *const *rings = at(conf->rings);
@@ -84,26 +94,24 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 	for (uint32_t i = 0; i < conf->nr_rings; i++) {
 		struct xv_vring *vr = rings[i];
 		struct duty *duty = &snap->duties[(conf->worker + i / 2) % workers];
+		struct guest_queue *queue;
 
 		if (!vr)
 			continue;
-		vr->index = i;
 		if (i == conf->ctrl) {
 			duty = &snap->duties[conf->worker % workers];
-			vr->queue = &port->guest->queues[0];
-			vr->kick.events = NULL;
+			bind_ring(vr, i, &port->guest->queues[0], NULL);
 			guest_ctrl_begins(port->guest, vr->next != (vr->packed ? PACKED_WRAP : 0));
 			duty->ctrl[duty->nr_ctrl++] = (struct ctrl_source){vr, conf->features, conf->max_pairs};
 			continue;
 		}
 		if (i / 2 >= port->guest->max_pairs)
 			return -EINVAL;
-		vr->queue = &port->guest->queues[i / 2];
+		queue = &port->guest->queues[i / 2];
+		bind_ring(vr, i, queue, i & 1 ? &queue->tx.kicks : &queue->rx.kicks);
 		if (i & 1) {
-			vr->kick.events = &vr->queue->tx.kicks;
 			duty->tx[duty->nr_tx++] = (struct tx_source){vr, uplink_of(nic, conf->worker, i / 2), index, i / 2};
 		} else {
-			vr->kick.events = &vr->queue->rx.kicks;
 			port->rx[i / 2] = vr;
 			port->nr_rx = i / 2 + 1;
 		}
@@ -118,7 +126,7 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 		struct duty *duty = &snap->duties[(conf->worker + i) % workers];
 
 		duty->xsk[duty->nr_xsk++] = (struct xsk_source){xsks[i], index, xsks[i]->nicq->queue};
-		xsks[i]->keep = keep_of(xsks[i], nr_guests);
+		store_once(&xsks[i]->keep, keep_of(xsks[i], nr_guests));
 	}
 	return 0;
 }
@@ -238,7 +246,7 @@ static int make_duties(struct snapshot *snap, const struct xv_snapshot_conf *con
 {
 	const struct xv_guest_conf *guests = at(conf->guests);
 	const struct xv_nic_conf *nics = at(conf->nics);
-	size_t rings = 1, xsks = 1, taps = 1, packets = conf->nr_guests + 1;
+	size_t rings = 1, xsks = 1, taps = 1, packets = conf->nr_guests + 1, sources;
 
 	for (uint32_t i = 0; i < conf->nr_guests; i++) {
 		rings += guests[i].nr_rings;
@@ -249,6 +257,7 @@ static int make_duties(struct snapshot *snap, const struct xv_snapshot_conf *con
 		xsks += nics[i].nr_host_xsks;
 		packets += !!nics[i].host_packet;
 	}
+	sources = rings + xsks + taps + packets;
 	for (uint32_t w = 0; w < snap->nr_workers; w++) {
 		struct duty *duty = &snap->duties[w];
 
@@ -258,7 +267,10 @@ static int make_duties(struct snapshot *snap, const struct xv_snapshot_conf *con
 		duty->mcast = calloc((size_t)conf->nr_nics + 1, sizeof(duty->mcast[0]));
 		duty->packet = calloc(packets, sizeof(duty->packet[0]));
 		duty->tap = calloc(taps, sizeof(duty->tap[0]));
-		if (!duty->tx || !duty->ctrl || !duty->xsk || !duty->mcast || !duty->packet || !duty->tap)
+		duty->hot = calloc(sources, sizeof(duty->hot[0]));
+		duty->waiting = calloc(sources, sizeof(duty->waiting[0]));
+		if (!duty->tx || !duty->ctrl || !duty->xsk || !duty->mcast || !duty->packet || !duty->tap || !duty->hot ||
+		    !duty->waiting)
 			return -ENOMEM;
 	}
 	return 0;
@@ -314,6 +326,8 @@ void snapshot_free(struct snapshot *snap)
 		free(snap->duties[w].mcast);
 		free(snap->duties[w].packet);
 		free(snap->duties[w].tap);
+		free(snap->duties[w].hot);
+		free(snap->duties[w].waiting);
 	}
 	free(snap->ports);
 	free(snap->nics);

@@ -94,6 +94,7 @@ struct duty { /* of one worker */
 	struct packet_source *packet;
 	struct tap_source *tap;
 	uint32_t nr_tx, nr_xsk, nr_ctrl, nr_mcast, nr_packet, nr_tap;
+	struct source **hot, **waiting; /* the worker's: room for its lists, each for every source but multicast (hot.h) */
 };
 
 struct snapshot {

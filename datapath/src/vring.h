@@ -24,12 +24,28 @@
 #include "mem.h"
 #include "view.h"
 
+/* Of the sources that a worker polls; see hot.h. */
+enum source_kind { SOURCE_TX, SOURCE_XSK, SOURCE_CTRL, SOURCE_PACKET, SOURCE_TAP };
+enum source_state {
+	SOURCE_UNLISTED, /* receive rings, multicast, and what no worker has adopted yet */
+	SOURCE_HOT,      /* looked at in every turn */
+	SOURCE_COLD,     /* nothing there; an event makes it hot */
+	SOURCE_WAITING,  /* cold with frames for a guest that has no buffers */
+};
+
 /* What an epoll event points to. */
 struct source {
 	int fd;             /* -1: nothing to wait for */
 	int epfd;           /* where it is registered, -1 if it is not */
-	uint32_t generation; /* of the snapshot that last named it */
+	uint32_t generation; /* of the snapshot that last named it, and */
+	uint32_t worker;     /* whose it is in that */
 	uint64_t *events;   /* counter of its notifications, or NULL */
+	/* its worker's, since it adopted the snapshot */
+	const void *work;   /* struct tx_source, or what the kind has */
+	uint32_t place;     /* in the list of its state */
+	uint8_t kind, state;
+	bool active;        /* there was something since the last sweep */
+	bool armed;         /* events have been asked for since then, and all looks found nothing */
 };
 
 /* A place in a ring. Split: the free-running index. Packed: the slot, and in bit 15 the wrap counter (2.8.1). */

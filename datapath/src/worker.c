@@ -2,11 +2,12 @@
 /*
  * A worker: poll what the snapshot gives it to do, forward, and sleep when there is nothing.
  *
- * A turn visits every source once, a burst each, so that no port waits for more than a burst of every other. Frames
- * for a NIC are handed to the kernel at the end of the turn.
+ * A turn visits every hot source once (hot.h says which those are), a burst each, so that no port waits for more than a
+ * burst of every other. Frames for a NIC are handed to the kernel at the end of the turn.
  *
- * Going to sleep: ask every ring for notifications (arm), drop events that are already stale, look at every ring once
- * more, then block in epoll_wait. A frame that comes after the look raises an event; one that came before is seen.
+ * Going to sleep: drop events that are already stale, ask every hot ring for notifications (arm), look at every one once
+ * more, then block in epoll_wait. A frame that comes after the look raises an event; one that came before is seen. Cold
+ * ones are armed already.
  *
  * Under load, a turn that found only a few frames is followed by a pause of a microsecond: gather().
  *
@@ -24,12 +25,12 @@
 
 #include "ctrlq.h"
 #include "dp.h"
+#include "hot.h"
 #include "tag.h"
 
 #define MCAST_EVERY_US 100u
 #define PATIENCE_US 1000u
 #define PATIENCE_SHARE 8u
-#define EVENTS 64
 #define GATHER_NS 1000u
 #define CONTENTION_EVERY_US 100u
 #define CONTENTION_US 10000u
@@ -118,6 +119,8 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 	}
 	xsk_rx_release(xsk, done);
 	xsk->plain = MAX(xsk->plain, unjoin);
+	if (unlikely(stalled != xsk->stalled_on))
+		xsk->rx.active = true; /* it has not been armed for this ring's kicks */
 	xsk->stalled_on = stalled;
 	if (unlikely(stalled)) {
 		uint32_t oldest = xsk_rx_trim(xsk); /* they make room */
@@ -222,6 +225,8 @@ static bool poll_packet(struct worker *w, const struct snapshot *snap, const str
 		packet_rx_release(socket, done);
 		count(w->counters.packets, done);
 	}
+	if (unlikely(stalled != socket->stalled_on))
+		socket->rx.active = true; /* as in poll_xsk() */
 	socket->stalled_on = stalled;
 	if (unlikely(stalled))
 		w->rx_stalls = true;
@@ -379,40 +384,83 @@ static void flush(struct worker *w)
 	w->dirty.nr = kept;
 }
 
-static inline uint32_t first_of(const struct worker *w, uint32_t n)
-{
-	return n > 1 ? w->first % n : 0;
-}
-
 static inline uint32_t next_of(uint32_t i, uint32_t n)
 {
 	return i + 1 == n ? 0 : i + 1;
 }
 
-bool worker_turn(struct worker *w, const struct snapshot *snap, bool all)
+/* Pointers into the old snapshot are forgotten; what is left of the old one's work is found again. */
+static void adopt(struct worker *w, const struct snapshot *snap)
 {
 	const struct duty *duty = &snap->duties[w->index];
-	uint64_t start = cycles_now();
+
+	for (uint32_t i = 0; i < duty->nr_tx; i++)
+		duty->tx[i].vring->stalled_on = NULL;
+	for (uint32_t i = 0; i < duty->nr_xsk; i++)
+		duty->xsk[i].xsk->stalled_on = NULL;
+	for (uint32_t i = 0; i < duty->nr_packet; i++)
+		duty->packet[i].socket->stalled_on = NULL;
+	for (uint32_t i = 0; i < duty->nr_tap; i++)
+		duty->tap[i].tap->stalled_on = NULL;
+	w->serial = snap->serial;
+	w->requests_seen = load_acquire(&w->dp->requests) - 1; /* new rings may ask for an interrupt */
+	w->dirty.nr = 0;
+	for (uint32_t i = 0; i < snap->nr_nics; i++)
+		for (uint32_t q = w->index; q < snap->nics[i].nr_queues; q += snap->nr_workers)
+			if (w->dirty.nr < DIRTY_MAX)
+				w->dirty.queues[w->dirty.nr++] = snap->nics[i].queues[q];
+	hot_adopt(w, snap);
+}
+
+static inline bool look(struct worker *w, const struct snapshot *snap, const struct source *source)
+{
+	if (likely(source->kind == SOURCE_XSK))
+		return poll_xsk(w, snap, source->work);
+	if (likely(source->kind == SOURCE_TX))
+		return poll_tx(w, snap, source->work);
+	if (source->kind == SOURCE_CTRL)
+		return poll_ctrl(w, source->work);
+	return source->kind == SOURCE_TAP ? poll_tap(w, snap, source->work) : poll_packet(w, snap, source->work);
+}
+
+/* What need not be done in every turn. */
+static bool tend(struct worker *w, const struct snapshot *snap, uint64_t now, bool all)
+{
+	const struct duty *duty = &snap->duties[w->index];
 	bool busy = false;
 
-	w->tx_stalls = w->rx_stalls = w->ctrl_waits = false;
-	w->first++;
-	serve_requests(w, snap);
-	for (uint32_t n = 0, i = first_of(w, duty->nr_xsk); n < duty->nr_xsk; n++, i = next_of(i, duty->nr_xsk))
-		busy |= poll_xsk(w, snap, &duty->xsk[i]);
-	for (uint32_t n = 0, i = first_of(w, duty->nr_tx); n < duty->nr_tx; n++, i = next_of(i, duty->nr_tx))
-		busy |= poll_tx(w, snap, &duty->tx[i]);
-	for (uint32_t i = 0; i < duty->nr_ctrl; i++)
-		busy |= poll_ctrl(w, &duty->ctrl[i]);
-	for (uint32_t i = 0; i < duty->nr_packet; i++)
-		busy |= poll_packet(w, snap, &duty->packet[i]);
-	for (uint32_t n = 0, i = first_of(w, duty->nr_tap); n < duty->nr_tap; n++, i = next_of(i, duty->nr_tap))
-		busy |= poll_tap(w, snap, &duty->tap[i]);
-	/* a system call even when there is nothing: not in every turn */
-	if (unlikely(all || start >= w->mcast_due)) {
-		w->mcast_due = start + MCAST_EVERY_US * w->dp->cycles_per_us;
+	if (!all)
+		hot_tend(w, now);
+	/* a system call even when there is nothing */
+	if (all || now >= w->mcast_due) {
+		w->mcast_due = now + MCAST_EVERY_US * w->dp->cycles_per_us;
 		for (uint32_t i = 0; i < duty->nr_mcast; i++)
 			busy |= poll_mcast(w, snap, &duty->mcast[i]);
+	}
+	return busy;
+}
+
+bool worker_turn(struct worker *w, const struct snapshot *snap, bool all)
+{
+	uint64_t start = cycles_now();
+	bool busy = false, led = false;
+
+	if (unlikely(snap->serial != w->serial))
+		adopt(w, snap);
+	w->tx_stalls = w->rx_stalls = w->ctrl_waits = false;
+	serve_requests(w, snap);
+	if (unlikely(all || start >= w->tend_due))
+		busy = tend(w, snap, start, all);
+	for (uint32_t n = 0, i = w->first < w->hot.nr ? w->first : 0; n < w->hot.nr; n++) {
+		struct source *source = w->hot.at[i];
+
+		i = next_of(i, w->hot.nr);
+		if (!look(w, snap, source))
+			continue;
+		source->active = true;
+		if (!led) /* the next one that has something leads the next turn, however many have nothing in between */
+			w->first = i;
+		led = busy = true;
 	}
 	if (w->dirty.nr)
 		flush(w);
@@ -422,51 +470,13 @@ bool worker_turn(struct worker *w, const struct snapshot *snap, bool all)
 		count(w->counters.cycles_busy, w->last_work - start);
 	} else {
 		count(w->counters.polls_idle, 1);
+		hot_idle(w, start);
 	}
 	count(w->counters.heartbeat, 1);
 	return busy;
 }
 
 /* ---- sleep ---- */
-
-static void count_events(const struct epoll_event *events, int n)
-{
-	for (int i = 0; i < n; i++) {
-		const struct source *source = events[i].data.ptr;
-
-		if (source && source->events)
-			__atomic_fetch_add(source->events, 1u, __ATOMIC_RELAXED);
-	}
-}
-
-static void arm(const struct duty *duty)
-{
-	for (uint32_t i = 0; i < duty->nr_tx; i++) {
-		vring_arm(duty->tx[i].vring);
-		if (duty->tx[i].vring->stalled_on)
-			vring_arm_behind(duty->tx[i].vring->stalled_on);
-	}
-	for (uint32_t i = 0; i < duty->nr_ctrl; i++)
-		vring_arm(duty->ctrl[i].vring);
-	for (uint32_t i = 0; i < duty->nr_xsk; i++)
-		if (duty->xsk[i].xsk->stalled_on)
-			vring_arm_behind(duty->xsk[i].xsk->stalled_on);
-	for (uint32_t i = 0; i < duty->nr_packet; i++)
-		if (duty->packet[i].socket->stalled_on)
-			vring_arm_behind(duty->packet[i].socket->stalled_on);
-	for (uint32_t i = 0; i < duty->nr_tap; i++)
-		if (duty->tap[i].tap->stalled_on)
-			vring_arm_behind(duty->tap[i].tap->stalled_on);
-	/* pairs with the driver's barrier between moving avail.idx and reading flags or avail_event (virtio 1.2, 2.7.13.4) */
-	full_barrier();
-}
-
-static void disarm(const struct duty *duty)
-{
-	for (uint32_t i = 0; i < duty->nr_tx; i++)
-		vring_disarm(duty->tx[i].vring);
-	/* receive rings are disarmed by whoever next delivers into them: guest_tx_burst() */
-}
 
 /* Milliseconds to sleep at most; -1: until something happens. */
 static int longest_sleep(const struct worker *w)
@@ -475,7 +485,7 @@ static int longest_sleep(const struct worker *w)
 
 	if (w->tx_stalls || w->ctrl_waits)
 		timeout = 1;
-	else if (w->rx_stalls || load_once(&w->blind))
+	else if (w->rx_stalls || w->waiting.nr || load_once(&w->blind))
 		timeout = 20;
 	for (uint32_t i = 0; i < w->dirty.nr; i++)
 		if (timeout < 0 || w->dirty.queues[i]->stuck < 100)
@@ -492,12 +502,12 @@ static bool is_current(const struct worker *w)
 
 static void sleep_until_work(struct worker *w, const struct snapshot *snap)
 {
-	const struct duty *duty = &snap->duties[w->index];
 	struct epoll_event events[EVENTS];
 	int n = 0, timeout;
 
-	arm(duty);
-	count_events(events, epoll_wait(w->epfd, events, EVENTS, 0));
+	if (!hot_drain(w))
+		return;
+	hot_arm(w);
 	if (!worker_turn(w, snap, true) && !load_acquire(&w->dp->stopping)) {
 		count(w->counters.sleeps, 1);
 		timeout = longest_sleep(w);
@@ -506,41 +516,18 @@ static void sleep_until_work(struct worker *w, const struct snapshot *snap)
 		if (__atomic_load_n(&w->dp->epoch, __ATOMIC_SEQ_CST) == w->seen)
 			n = epoll_wait(w->epfd, events, EVENTS, timeout);
 		__atomic_store_n(&w->parked, false, __ATOMIC_SEQ_CST);
-		/* while parked the snapshot may have gone, and with it what the events and `duty` point to */
+		/* while parked the snapshot may have gone, and with it what the events and the lists point to */
 		if (!is_current(w))
 			return;
-		count_events(events, n);
 		if (n > 0) {
 			count(w->counters.wakeups, 1);
 			w->last_work = cycles_now(); /* whatever woke it is worth a look for spin_us */
 		}
 	}
-	disarm(duty);
+	hot_wake(w, events, n);
 }
 
 /* ---- the loop ---- */
-
-/* Pointers into the old snapshot are forgotten; what is left of the old one's work is found again. */
-static void adopt(struct worker *w, const struct snapshot *snap)
-{
-	const struct duty *duty = &snap->duties[w->index];
-
-	for (uint32_t i = 0; i < duty->nr_tx; i++)
-		duty->tx[i].vring->stalled_on = NULL;
-	for (uint32_t i = 0; i < duty->nr_xsk; i++)
-		duty->xsk[i].xsk->stalled_on = NULL;
-	for (uint32_t i = 0; i < duty->nr_packet; i++)
-		duty->packet[i].socket->stalled_on = NULL;
-	for (uint32_t i = 0; i < duty->nr_tap; i++)
-		duty->tap[i].tap->stalled_on = NULL;
-	w->requests_seen = load_acquire(&w->dp->requests) - 1; /* new rings may ask for an interrupt */
-	w->dirty.nr = 0;
-	for (uint32_t i = 0; i < snap->nr_nics; i++)
-		for (uint32_t q = w->index; q < snap->nics[i].nr_queues; q += snap->nr_workers)
-			if (w->dirty.nr < DIRTY_MAX)
-				w->dirty.queues[w->dirty.nr++] = snap->nics[i].queues[q];
-	disarm(duty);
-}
 
 /*
  * A turn moved only a few frames: let more of them come. Looking again at once would find one or two, and the rings'
@@ -575,9 +562,9 @@ static bool contended(struct worker *w)
 
 int xv_worker_run(struct xv_dp *dp, uint32_t index)
 {
-	const struct snapshot *snap = NULL;
 	struct worker *w;
 	uint64_t spin, moved;
+	bool held = false;
 	sigset_t pipe;
 
 	if (index >= dp->conf.workers)
@@ -594,19 +581,19 @@ int xv_worker_run(struct xv_dp *dp, uint32_t index)
 	__atomic_store_n(&w->running, true, __ATOMIC_SEQ_CST);
 	while (!load_acquire(&dp->stopping)) {
 		uint64_t epoch = __atomic_load_n(&dp->epoch, __ATOMIC_SEQ_CST);
-		const struct snapshot *now = __atomic_load_n(&dp->snap, __ATOMIC_SEQ_CST);
+		const struct snapshot *snap = __atomic_load_n(&dp->snap, __ATOMIC_SEQ_CST);
 
-		if (unlikely(!now)) { /* held: control moves rings, and needs the CPU more than we do */
+		if (unlikely(!snap)) { /* held: control moves rings, and needs the CPU more than we do */
+			/* the next one to send for a guest may be another worker, on another queue */
+			if (!held && w->serial == load_once(&dp->held))
+				flush(w);
+			held = true;
 			__atomic_store_n(&w->seen, epoch, __ATOMIC_RELEASE);
 			sched_yield();
 			continue;
 		}
-		/* from here on only `now` is used, so control may count on it: it was loaded after the epoch */
-		if (unlikely(now != snap || now->serial != w->serial)) {
-			snap = now;
-			w->serial = now->serial;
-			adopt(w, snap);
-		}
+		held = false;
+		/* from here on only `snap` is used, so control may count on it: it was loaded after the epoch */
 		__atomic_store_n(&w->seen, epoch, __ATOMIC_RELEASE);
 		moved = w->counters.packets;
 		if (worker_turn(w, snap, false)) {

@@ -148,9 +148,10 @@ void xsk_rx_release(struct xv_xsk *xsk, uint32_t n)
 
 uint32_t xsk_rx_trim(struct xv_xsk *xsk)
 {
+	const uint32_t keep = load_once(&xsk->keep);
 	uint32_t ready = xsk_backlog(xsk), at = 0, frames = 0, pieces;
 
-	while (ready - at > xsk->keep && (pieces = frame_pieces(xsk, at, ready))) {
+	while (ready - at > keep && (pieces = frame_pieces(xsk, at, ready))) {
 		at += pieces;
 		frames++;
 	}

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "../src/dp.h"
+#include "../src/hot.h"
 #include "../src/nethdr.h"
 
 #define CHECK(cond)                                                                     \
@@ -250,7 +251,7 @@ static inline bool nic_receive_piece(struct nic_side *n, const uint8_t *piece, u
 {
 	uint64_t addr;
 
-	if (n->fill_c == n->fill_p || n->rx_p - n->rx_c == FRAMES)
+	if (n->fill_c == load_acquire(&n->fill_p) || n->rx_p - load_acquire(&n->rx_c) == FRAMES)
 		return false;
 	addr = n->fill[n->fill_c++ % FRAMES] + 256;
 	memcpy(n->umem + addr, piece, len);
@@ -264,7 +265,7 @@ static inline bool nic_receive(struct nic_side *n, const uint8_t *frame, uint32_
 {
 	uint32_t pieces = (len + PIECE - 1) / PIECE;
 
-	if (n->fill_p - n->fill_c < pieces || FRAMES - (n->rx_p - n->rx_c) < pieces)
+	if (load_acquire(&n->fill_p) - n->fill_c < pieces || FRAMES - (n->rx_p - load_acquire(&n->rx_c)) < pieces)
 		return false;
 	for (; len > PIECE; len -= PIECE, frame += PIECE)
 		nic_receive_piece(n, frame, PIECE, XDP_PKT_CONTD);
@@ -371,6 +372,11 @@ static inline void world_publish(struct world *w)
 		nr_macs += macs_of(&macs[nr_macs], NULL, host_mac, XV_HOST_PORT);
 	conf.nr_macs = nr_macs;
 	CHECK_EQ(xv_publish(w->dp, &conf), 0);
+	/* of what a worker does with a new snapshot only this: the tests say themselves who is interrupted when */
+	for (uint32_t i = 0; i < w->dp->conf.workers; i++) {
+		w->dp->workers[i].serial = w->dp->snap->serial;
+		hot_adopt(&w->dp->workers[i], w->dp->snap);
+	}
 }
 
 /* Guests of different features; with VIRTIO_NET_F_CTRL_VQ the control virtqueue is the data plane's. */
