@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the NIC sorts by itself: for each address of a guest a rule that has its frames arrive at the guest's own queue.
+
+Guests get queues round robin. A rule changes where a frame arrives, never whose it is: the XDP program looks at each
+frame all the same, and a guest has a socket at every queue. So a rule that can't be had is no loss but of order: RSS
+chooses the queue then, "in software" as `status` says. A guest with several queue pairs gets no rules: RSS spreads its
+frames over them.
+
+An address in one VLAN (an access port's) gets a rule for that VLAN, if the NIC takes such, else one for the address.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Collection
+
+from ..links.ntuple import OwnRules, Rule
+from .maps import VLAN_ANY, VLAN_NONE
+
+log = logging.getLogger(__name__)
+
+NO_SUCH_RULE = (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def rules_for(keys: Collection[tuple[int, bytes]], queue: int) -> set[Rule]:
+    """Keys are (VLAN, address), as the XDP program has them."""
+    vlans: dict[bytes, list[int]] = {}
+    for vlan, mac in keys:
+        vlans.setdefault(mac, []).append(vlan)
+    return {
+        Rule(mac, queue, found[0] if len(found) == 1 and found[0] not in (VLAN_NONE, VLAN_ANY) else None)
+        for mac, found in vlans.items()
+    }
+
+
+class GuestRules:
+    """The rules of one NIC's guests, by slot. Never raises: what the NIC refuses is done in software."""
+
+    def __init__(self, iface: str, own: OwnRules | None, why_none: str, nr_queues: int) -> None:
+        """`own` None: none at all, `why_none`."""
+        self._iface = iface
+        self._own = own
+        self._why_none = why_none
+        self._nr_queues = nr_queues
+        self._made: dict[int, dict[Rule, Rule]] = {}  # what was wanted, and what it became
+        self._refused: dict[int, dict[Rule, OSError]] = {}
+        self._told: set[str] = set()
+
+    def __str__(self) -> str:
+        if self._own is None:
+            return self._why_none
+        made = sum(map(len, self._made.values()))
+        reasons = [exc.strerror for refused in self._refused.values() for exc in refused.values()]
+        if not reasons:
+            return f"{made} in hardware"
+        return f"{made} in hardware, {len(reasons)} in software: {'; '.join(dict.fromkeys(reasons))}"
+
+    def set(self, slot: int, keys: Collection[tuple[int, bytes]]) -> None:
+        """A guest's rules are those for these keys, from now on."""
+        if self._own is None:
+            return
+        wanted = rules_for(keys, slot % self._nr_queues)
+        made = self._made.setdefault(slot, {})
+        refused = self._refused.setdefault(slot, {})
+        gone = [rule for rule in made if rule not in wanted]
+        for rule in gone:
+            self._own.remove(made.pop(rule))
+        for rule in [rule for rule in refused if rule not in wanted]:
+            del refused[rule]
+        for rule in sorted(wanted - made.keys() - refused.keys(), key=str):
+            self._try(slot, rule)
+        if gone:
+            self._fill_up()
+
+    def drop(self, slot: int) -> None:
+        self.set(slot, ())
+        self._made.pop(slot, None)
+        self._refused.pop(slot, None)
+
+    def _fill_up(self) -> None:
+        """There is room again for rules that found none, or that another guest's stood in the way of."""
+        for slot, refused in self._refused.items():
+            for rule in [rule for rule, exc in refused.items() if exc.errno in (errno.ENOSPC, errno.EEXIST)]:
+                del refused[rule]
+                self._try(slot, rule)
+
+    def _try(self, slot: int, rule: Rule) -> None:
+        assert self._own is not None
+        try:
+            try:
+                self._made[slot][rule] = self._add(rule)
+            except OSError as exc:
+                if rule.vlan is None or exc.errno not in NO_SUCH_RULE:
+                    raise
+                self._made[slot][rule] = self._add(Rule(rule.mac, rule.queue))
+        except OSError as exc:
+            self._refused[slot][rule] = _worded(exc)
+            self._tell(rule, self._refused[slot][rule].strerror)
+
+    def _add(self, rule: Rule) -> Rule:
+        """Raises OSError."""
+        assert self._own is not None
+        for others in self._made.values():
+            if any((other.mac, other.vlan) == (rule.mac, rule.vlan) for other in others.values()):
+                raise FileExistsError(errno.EEXIST, "another guest has the same address in another VLAN")
+        self._own.add(rule)
+        return rule
+
+    def _tell(self, rule: Rule, why: str) -> None:
+        level = logging.DEBUG if why in self._told else logging.INFO
+        self._told.add(why)
+        log.log(level, "interface %s: no n-tuple rule `%s`, XDP does it alone: %s", self._iface, rule, why)
+
+
+def _worded(exc: OSError) -> OSError:
+    """With a text for `status`."""
+    words = {
+        errno.EOPNOTSUPP: "the driver has no rules for addresses",
+        errno.EINVAL: "the driver has no such rules",
+        errno.ENOSPC: "the NIC's table of rules is full",
+        errno.EPERM: "it takes CAP_NET_ADMIN",
+    }
+    known = exc.errno in words and not (exc.errno == errno.ENOSPC and "table of" in (exc.strerror or ""))
+    return OSError(exc.errno, words[exc.errno or 0] if known else exc.strerror or str(exc))
