@@ -130,6 +130,13 @@ def main(verbose: bool) -> None:
     help="How AF_XDP sockets bind; auto: zerocopy, else copy.",
 )
 @click.option(
+    "--ntuple",
+    type=click.Choice(config.NTUPLE_CHOICES),
+    default="auto",
+    show_default=True,
+    help="Rules by which the NIC sorts guests' frames into queues; auto: where it has n-tuple filters.",
+)
+@click.option(
     "--host-port",
     is_flag=False,
     flag_value=config.HOST_PORT_OF_EACH,
@@ -178,6 +185,7 @@ def up(
     poll: config.PollMode,
     xdp_mode: config.XdpMode,
     bind: config.BindMode,
+    ntuple: config.NtupleMode,
     host_port: str | None,
     mode: config.Mode,
     serve: config.Serve,
@@ -204,6 +212,7 @@ def up(
         poll=poll,
         xdp_mode=xdp_mode,
         bind=bind,
+        ntuple=ntuple,
         mode=mode,
         serve=serve,
         bridge=bridge,

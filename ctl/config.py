@@ -19,6 +19,7 @@ SocketMode = Literal["server", "client"]
 PollMode = Literal["adaptive", "busy", "interrupt"]
 XdpMode = Literal["auto", "native", "generic", "none"]
 BindMode = Literal["auto", "zerocopy", "copy"]
+NtupleMode = Literal["auto", "off"]
 MacChange = Literal["deny", "allow"]
 Mode = Literal["xdp", "tap", "vhost-net", "macvtap", "vf", "emulated"]
 Serve = Literal["qemu", "vhost-user"]
@@ -28,6 +29,7 @@ SOCKET_MODES: tuple[str, ...] = get_args(SocketMode)
 POLL_CHOICES: tuple[str, ...] = get_args(PollMode)
 XDP_CHOICES: tuple[str, ...] = get_args(XdpMode)
 BIND_CHOICES: tuple[str, ...] = get_args(BindMode)
+NTUPLE_CHOICES: tuple[str, ...] = get_args(NtupleMode)
 MAC_CHANGES: tuple[str, ...] = get_args(MacChange)
 MODES: tuple[Mode, ...] = get_args(Mode)
 SERVE_CHOICES: tuple[str, ...] = get_args(Serve)
@@ -85,6 +87,7 @@ OPTION_MODES: dict[str, tuple[Mode, ...]] = {
     "host_port": ("xdp",),
     "xdp_mode": ("xdp",),
     "bind": ("xdp",),
+    "ntuple": ("xdp",),
     "serve": ("tap",),
     "bridge": _BRIDGED,
     "routed": _BRIDGED,
@@ -151,6 +154,7 @@ class UpConfig:
     poll: PollMode = "adaptive"
     xdp_mode: XdpMode = "auto"
     bind: BindMode = "auto"
+    ntuple: NtupleMode = "auto"
     mode: Mode = "xdp"
     serve: Serve = "qemu"  # who serves the guests of mode tap
     bridge: str | None = None  # None: one of our own

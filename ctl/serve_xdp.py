@@ -105,7 +105,10 @@ class XdpService:
     def _open_nics(self, journal: Journal) -> Iterator[NicPort]:
         """Where the guests' frames come from and go to, in the order of `UpConfig.ifaces`."""
         config = self._config
-        wanted = [NicOptions(iface=iface, xdp_mode=config.xdp_mode, bind=config.bind) for iface in config.ifaces]
+        wanted = [
+            NicOptions(iface=iface, xdp_mode=config.xdp_mode, bind=config.bind, ntuple=config.ntuple)
+            for iface in config.ifaces
+        ]
         for options in wanted:
             Nic.refuse(options)
             if config.host_port is not None:

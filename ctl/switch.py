@@ -281,6 +281,7 @@ class Switch:
             self.guests[spec.name] = entry
             self.publish()
             nic.steer(slot)
+            self._sort_by_rules(entry)
         except BaseException:
             self._forget(entry)
             raise
@@ -426,6 +427,13 @@ class Switch:
             steer({entry: place.keys for entry, place in before.items()})
             raise
         steer({entry: place.keys for entry, place in places.items() if before[entry].keys - place.keys})
+        for entry in places:
+            self._sort_by_rules(entry)
+
+    @staticmethod
+    def _sort_by_rules(entry: GuestEntry) -> None:
+        """The NIC brings what is configured to one queue; RSS spreads what has several pairs to go to."""
+        entry.nic.sort_by_rules(entry.slot, entry.place.configured if entry.max_pairs == 1 else ())
 
     def _check_place(self, place: Place, nic: NicPort, entry: GuestEntry | None = None) -> None:
         """Raises ConfigError for a pool that meets another, or that there is no room for, or limits below one frame.

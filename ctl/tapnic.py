@@ -155,6 +155,9 @@ class TapNic:
     def set_keys(self, slot: int, keys: Collection[tuple[int, bytes]]) -> None:
         self._refuse_own("another address", keys)
 
+    def sort_by_rules(self, slot: int, keys: Collection[tuple[int, bytes]]) -> None:
+        """The kernel chooses the queue, by flow."""
+
     def unsteer(self, slot: int) -> None:
         pass
 

@@ -4,6 +4,7 @@
 - It is up.
 - It leaves VLAN tags in the frame, where the XDP program reads them.
 - It has as many receive queues as asked for, and sends on each of them.
+- It takes n-tuple rules, if it can and they are wanted.
 
 Attaching XDP itself switches features off (large receive offload in generic mode, for one). The journal has all that
 could be switched before, and afterwards what was, so that it is switched on again.
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 ADOPTED = frozenset({"link_up", "features"})
 JOINING = "rx-gro"
+NTUPLE = "rx-ntuple-filter"
 VLAN_PARSING = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
 
 SOL_PACKET = 263
@@ -103,6 +105,19 @@ class NicPrep:
             ethtool.set_features(self.link.name, wanted)
             now = ethtool.features(self.link.name)
         return comes_beside(self.link) or any(now[name].active for name in active)
+
+    def allow_ntuple(self) -> str | None:
+        """Have the NIC take n-tuple rules. Why it takes none; None: it does."""
+        found = ethtool.features(self.link.name).get(NTUPLE)
+        if found is None or not (found.active or found.changeable):
+            return "the driver has none"
+        if not found.active:
+            known = self._features.args["before"] if self._features else {}
+            self._note_features({NTUPLE: False, **known})
+            ethtool.set_features(self.link.name, {NTUPLE: True})
+            if not ethtool.features(self.link.name)[NTUPLE].active:
+                return f"{NTUPLE} can't be switched on"
+        return None
 
     def keep_frames_apart(self) -> None:
         """For a generic program: the kernel's GRO joins frames before it, and sockets hold frames of the MTU's size.
@@ -180,6 +195,11 @@ class NicPrep:
         """Undone by whoever made it."""
         self._entries.remove(entry)
         self._journal.done(entry)
+
+    def take_back(self, entry: Entry) -> bool:
+        """Undo one change. False: it can't be, and stays in the journal."""
+        self._entries.remove(entry)
+        return self._journal.undo(entry).ok
 
     def undo(self) -> None:
         while self._entries:

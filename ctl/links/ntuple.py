@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """ethtool n-tuple rules, `ether dst MAC [vlan VLAN] -> receive queue`, by ioctl: what `ethtool -N` does.
 
-A NIC has one table of rules, which is the administrator's as much as ours. Rules are known by their location in it. Some
-drivers choose it (RX_CLS_LOC_SPECIAL), for others it must be a free one: we take those at the end, which count least.
+A NIC has one table of rules, which is the administrator's as much as ours. Rules are known by their location in it.
+Some drivers choose it (RX_CLS_LOC_SPECIAL), for others it must be a free one: we take those at the end, which count
+least.
 
 A rule of ours is announced in the journal before it is made, and read back afterwards, since drivers have been seen to
 take what they don't do. It is taken back only if what is at its location is still that very rule. The location is in
@@ -23,6 +24,7 @@ from typing import Any
 
 from ..errors import NicError
 from .journal import Entry
+from .netlink import link_name
 from .nicprep import NicPrep
 
 SIOCETHTOOL = 0x8946
@@ -82,7 +84,7 @@ class Rule:
 
     def is_for_the_frames_of(self, spec: bytes) -> bool:
         """Whether another rule decides about the same frames."""
-        kind, header, _, tag, _, mask, type_mask, tag_mask, data_mask, _, _ = FLOW_SPEC.unpack(spec)
+        kind, header, _, tag, _, mask, _, tag_mask, data_mask, _, _ = FLOW_SPEC.unpack(spec)
         if kind & ~(FLOW_EXT | FLOW_MAC_EXT) != ETHER_FLOW or mask[:14] != _WHOLE_MAC or header[:6] != self.mac:
             return False
         wanted = int.from_bytes(tag_mask, "big") & _VID if kind & FLOW_EXT else 0
@@ -164,7 +166,7 @@ class OwnRules:
 
     def add(self, rule: Rule) -> None:
         """Raises OSError whose text says why the NIC does without it; then nothing is left of it."""
-        table = RuleTable(self._prep.name)
+        table = RuleTable(link_name(self._prep.link.index) or self._prep.link.name)
         taken, size = table.locations()
         for location in taken - set(self._locations()):
             spec = table.get(location)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import DaemonError, NicError
 from ..rundir import InterfaceLock
-from . import addresses, bridge, ethtool, macvtap, proxy, sriov, sysctl, tap, vhostnet
+from . import addresses, bridge, ethtool, macvtap, ntuple, proxy, sriov, sysctl, tap, vhostnet
 from .journal import Undo
 from .netlink import Namespace, boot_id, get_link, link_name, set_up
 
@@ -28,7 +28,7 @@ Beside = Callable[[str | None, Mapping[str, Any]], str]
 def handlers(held: Collection[int] = ()) -> dict[str, Undo]:
     """`held`: the indices of the interfaces whose locks the caller has."""
     # Changes to an interface, which are gone when it is. The handler gets its present name.
-    on_it = {"link_up": _link_up, "features": _features, "channels": _channels, "xdp": _xdp}
+    on_it = {"link_up": _link_up, "features": _features, "channels": _channels, "xdp": _xdp, "ntuple": ntuple.undo}
     on_it |= {"addresses": addresses.undo, "mac": macvtap.undo_address} | _of_vfs()
     # Changes to the host for the sake of an interface, which stay when it goes. The handler gets None then.
     beside_it: dict[str, Beside] = {

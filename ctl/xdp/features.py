@@ -17,7 +17,7 @@ from ..feature import Feature
 from ..links import ethtool
 from ..links.netdev import DeviceFeatures, XdpFeatures, device_features
 from ..links.netlink import Link, get_link
-from ..links.nicprep import VLAN_PARSING, comes_beside
+from ..links.nicprep import NTUPLE, VLAN_PARSING, comes_beside
 from . import tags
 from .libbpf import BpfObject, attach_replacement, captured_log
 from .maps import MAX_QUEUES, size_maps
@@ -187,10 +187,11 @@ def _vlan(link: Link, device: DeviceFeatures | None) -> Feature:
 
 
 def _classification(link: Link) -> Feature:
-    found = ethtool.features(link.name).get("rx-ntuple-filter")
+    found = ethtool.features(link.name).get(NTUPLE)
     if found is None or not (found.active or found.changeable):
         return Feature("hardware-classification", False, "no ethtool n-tuple filters: frames are sorted by XDP alone")
-    return Feature("hardware-classification", True, "the NIC has ethtool n-tuple filters (not used yet)")
+    detail = "the NIC has ethtool n-tuple filters; whether it takes rules for addresses, `status` says"
+    return Feature("hardware-classification", True, detail)
 
 
 def _hugepages() -> Feature:

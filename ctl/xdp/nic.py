@@ -43,10 +43,12 @@ from ..links.journal import Entry, Journal
 from ..links.netdev import device_features
 from ..links.netlink import Link, device_mtu, get_link, link_name
 from ..links.nicprep import AddressFilter, NicPrep
+from ..links.ntuple import OwnRules
 from . import gsosock, libxdp, tags
 from .maps import MAX_QUEUES, MAX_SLOTS
 from .packet import GROUPS, PacketSocket, Program, addressed_to
 from .program import PROGRAM, SteerProgram, refuse_occupied
+from .rules import GuestRules
 from .umem import RX_FRAMES, TX_FRAMES, Framing, checksums_here, framing_for, lift_memlock_limit, too_large
 from .xsk import GuestSocket, QueueSockets, SeveralPiecesRefused, close_together
 
@@ -65,6 +67,7 @@ class NicOptions:
     iface: str
     xdp_mode: str = "auto"
     bind: str = "auto"
+    ntuple: str = "off"
     queues: int | None = None
 
 
@@ -92,6 +95,7 @@ class NicFacts:
     tx_checksums: str  # who finishes those that guests leave open: device, or copy: and why
     partial_checksums: bool  # local stacks send into it
     vlan_tags: str  # where they are seen
+    ntuple_rules: str  # how many are in hardware, and why not more
     warnings: tuple[str, ...]
 
 
@@ -140,6 +144,7 @@ class Nic:
         self._program: SteerProgram | None = None  # None: --xdp-mode none
         self._tags = tags.BOTH  # as packet sockets have it
         self._filter: AddressFilter
+        self._rules: GuestRules
 
     @classmethod
     def open(cls, options: NicOptions, dp: Datapath, journal: Journal) -> Self:
@@ -209,6 +214,7 @@ class Nic:
                 f"interface {self.iface}: it has {nr_queues} receive queues and at most {MAX_QUEUES} are supported: "
                 f"`ethtool -L {self.iface} combined {MAX_QUEUES}`"
             )
+        self._rules = self._open_rules(prep, nr_queues)
         if self.options.xdp_mode != "none":
             self._attach(prep, nr_queues, tags_beside, tags.refusal(device))
             prep.note_side_effects()
@@ -229,6 +235,18 @@ class Nic:
             self._open_queue(queue, bind, partial)
         self.mcast = self._owned(self._dp.packet_port(groups.socket.fileno()))
         self.facts = self._facts(link, driver, partial, checksums_why, prep.warnings)
+
+    def _open_rules(self, prep: NicPrep, nr_queues: int) -> GuestRules:
+        """Switching such rules on may take the link down for a moment, so it is done before there are guests."""
+        if self.options.ntuple == "off":
+            return GuestRules(self.iface, None, "off", nr_queues)
+        if self.options.xdp_mode == "none":
+            why_none: str | None = "without XDP all queues are alike"
+        elif nr_queues == 1:
+            why_none = "there is one queue"
+        else:
+            why_none = prep.allow_ntuple()
+        return GuestRules(self.iface, None if why_none else OwnRules(prep), f"none: {why_none}", nr_queues)
 
     def _attach(self, prep: NicPrep, nr_queues: int, tags_beside: bool, tags_refusal: str | None) -> None:
         """The journal's entry comes first, and learns the program's id afterwards."""
@@ -337,6 +355,7 @@ class Nic:
             tx_checksums=f"copy: {checksums_why}" if checksums_why else "device",
             partial_checksums=partial,
             vlan_tags=self._tags,
+            ntuple_rules=str(self._rules),
             warnings=tuple(warnings),
         )
 
@@ -447,9 +466,16 @@ class Nic:
             self._filter.remove(mac)
             guest.accepted.discard(mac)
 
+    def sort_by_rules(self, slot: int, keys: Collection[tuple[int, bytes]]) -> None:
+        """Have the NIC bring frames with these keys to the guest's own queue, and no others, as far as it can."""
+        self._rules.set(slot, keys)
+        self.facts = replace(self.facts, ntuple_rules=str(self._rules))
+
     def unsteer(self, slot: int) -> None:
         """No more of its frames come in: they are the kernel's again. Before a publication without its sockets."""
         if slot in self._guests:
+            self._rules.drop(slot)
+            self.facts = replace(self.facts, ntuple_rules=str(self._rules))
             self._guests[slot].undo_steering.close()
 
     def remove_guest(self, slot: int) -> None:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from ..links.ntuple import OwnRules, Rule
 from .maps import VLAN_ANY, VLAN_NONE
@@ -21,6 +23,12 @@ from .maps import VLAN_ANY, VLAN_NONE
 log = logging.getLogger(__name__)
 
 NO_SUCH_RULE = (errno.EINVAL, errno.EOPNOTSUPP)
+_WORDS = {
+    errno.EOPNOTSUPP: "the driver has no rules for addresses",
+    errno.EINVAL: "the driver has no such rules",
+    errno.ENOSPC: "the NIC's table of rules is full",
+    errno.EPERM: "it takes CAP_NET_ADMIN",
+}
 
 
 def rules_for(keys: Collection[tuple[int, bytes]], queue: int) -> set[Rule]:
@@ -34,6 +42,21 @@ def rules_for(keys: Collection[tuple[int, bytes]], queue: int) -> set[Rule]:
     }
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why there is no rule, in words for `status`; `may_pass`: when another one goes."""
+
+    why: str
+    may_pass: bool
+
+    @classmethod
+    def of(cls, exc: OSError) -> Refusal:
+        code, text = exc.errno or 0, exc.strerror or str(exc)
+        if text == os.strerror(code):
+            text = _WORDS.get(code, text)
+        return cls(text, code in (errno.ENOSPC, errno.EEXIST))
+
+
 class GuestRules:
     """The rules of one NIC's guests, by slot. Never raises: what the NIC refuses is done in software."""
 
@@ -44,14 +67,14 @@ class GuestRules:
         self._why_none = why_none
         self._nr_queues = nr_queues
         self._made: dict[int, dict[Rule, Rule]] = {}  # what was wanted, and what it became
-        self._refused: dict[int, dict[Rule, OSError]] = {}
+        self._refused: dict[int, dict[Rule, Refusal]] = {}
         self._told: set[str] = set()
 
     def __str__(self) -> str:
         if self._own is None:
             return self._why_none
         made = sum(map(len, self._made.values()))
-        reasons = [exc.strerror for refused in self._refused.values() for exc in refused.values()]
+        reasons = [refusal.why for refused in self._refused.values() for refusal in refused.values()]
         if not reasons:
             return f"{made} in hardware"
         return f"{made} in hardware, {len(reasons)} in software: {'; '.join(dict.fromkeys(reasons))}"
@@ -81,7 +104,7 @@ class GuestRules:
     def _fill_up(self) -> None:
         """There is room again for rules that found none, or that another guest's stood in the way of."""
         for slot, refused in self._refused.items():
-            for rule in [rule for rule, exc in refused.items() if exc.errno in (errno.ENOSPC, errno.EEXIST)]:
+            for rule in [rule for rule, refusal in refused.items() if refusal.may_pass]:
                 del refused[rule]
                 self._try(slot, rule)
 
@@ -95,8 +118,9 @@ class GuestRules:
                     raise
                 self._made[slot][rule] = self._add(Rule(rule.mac, rule.queue))
         except OSError as exc:
-            self._refused[slot][rule] = _worded(exc)
-            self._tell(rule, self._refused[slot][rule].strerror)
+            refusal = Refusal.of(exc)
+            self._refused[slot][rule] = refusal
+            self._tell(rule, refusal.why)
 
     def _add(self, rule: Rule) -> Rule:
         """Raises OSError."""
@@ -111,15 +135,3 @@ class GuestRules:
         level = logging.DEBUG if why in self._told else logging.INFO
         self._told.add(why)
         log.log(level, "interface %s: no n-tuple rule `%s`, XDP does it alone: %s", self._iface, rule, why)
-
-
-def _worded(exc: OSError) -> OSError:
-    """With a text for `status`."""
-    words = {
-        errno.EOPNOTSUPP: "the driver has no rules for addresses",
-        errno.EINVAL: "the driver has no such rules",
-        errno.ENOSPC: "the NIC's table of rules is full",
-        errno.EPERM: "it takes CAP_NET_ADMIN",
-    }
-    known = exc.errno in words and not (exc.errno == errno.ENOSPC and "table of" in (exc.strerror or ""))
-    return OSError(exc.errno, words[exc.errno or 0] if known else exc.strerror or str(exc))

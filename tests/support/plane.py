@@ -44,6 +44,9 @@ class NoNic:
     def steer(self, slot: int) -> None:
         pass
 
+    def sort_by_rules(self, slot: int, keys: Collection[tuple[int, bytes]]) -> None:
+        pass
+
     def unsteer(self, slot: int) -> None:
         pass
 

@@ -17,7 +17,8 @@ from pyroute2 import IPRoute
 
 from xdpvhost.xdp.libbpf import BpfObject
 
-from .frames import PacketSocket, mac_bytes
+from .card import Card
+from .frames import PacketSocket
 from .netns import Namespace, World
 from .process import run
 
@@ -43,9 +44,21 @@ class Wire:
             program = self._object.program_fd("wire")
             ip.tc("add-filter", "bpf", index, parent=CLSACT_EGRESS, fd=program, name="wire", direct_action=True)
 
-    def choose_queue(self, mac: str, queue: int) -> None:
-        """Frames to this address leave by, and so arrive at, this queue."""
-        self._object.map("queues").update(mac_bytes(mac), struct.pack("=I", queue))
+    def choose_by(self, card: Card) -> None:
+        """As this card's rules say, from now on."""
+        chosen: set[bytes] = set()
+
+        def changed(_card: Card) -> None:
+            queues = self._object.map("queues")
+            now = {mac: queue for mac in card.addresses() if (queue := card.queue_of(mac)) is not None}
+            for mac in chosen - now.keys():
+                queues.delete(mac)
+            for mac, queue in now.items():
+                queues.update(mac, struct.pack("=I", queue))
+            chosen.clear()
+            chosen.update(now)
+
+        card.changed = changed
 
     def send(self, frames: Iterable[bytes], tag: tuple[int, int] | None = None) -> None:
         """`tag`: protocol and tag control information, beside the frames."""
