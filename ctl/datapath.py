@@ -384,6 +384,8 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "xv_guest_mac_request": (c_int32, (c_void_p, POINTER(MacRequestConf))),
     "xv_guest_mac_answer": (c_int32, (c_void_p, c_int32)),
     "xv_guest_announce": (None, (c_void_p, c_char_p)),
+    "xv_guest_learned": (c_uint32, (c_void_p, POINTER(LearnedConf), c_uint32)),
+    "xv_guest_forget": (None, (c_void_p, c_char_p, c_uint16)),
     "xv_mem_new": (c_int32, (POINTER(RegionConf), c_uint32, c_void_p, POINTER(c_void_p))),
     "xv_mem_free": (None, (c_void_p,)),
     "xv_vring_new": (c_int32, (c_void_p, POINTER(VringConf), POINTER(c_void_p))),
@@ -589,6 +591,16 @@ class GuestPort(_Native):
     def answer_addresses(self, granted: bool) -> bool:
         """False: the guest was refused meanwhile, since this took too long, or is gone. Then undo the change."""
         return int(library().xv_guest_mac_answer(self.handle, int(granted))) == 0
+
+    def learned(self) -> list[tuple[bytes, int, float]]:
+        """What the guest has learned (Policy.learn): MAC, VLAN, and seconds since it was last used."""
+        learned = (LearnedConf * MAX_LEARNED)()
+        n = min(int(library().xv_guest_learned(self.handle, learned, MAX_LEARNED)), MAX_LEARNED)
+        return [(bytes(entry.mac), entry.vlan, entry.idle_ms / 1000) for entry in learned[:n]]
+
+    def forget(self, mac: bytes, vlan: int) -> None:
+        """Forget a learned address: it is too old, or another's. Nothing happens if it is not learned."""
+        library().xv_guest_forget(self.handle, mac, vlan)
 
     def announce(self, mac: bytes) -> None:
         """Send a RARP request with this source on the guest's uplink (VHOST_USER_SEND_RARP)."""

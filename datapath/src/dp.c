@@ -321,6 +321,26 @@ static void hold(struct xv_dp *dp)
 	xv_quiesce(dp);
 }
 
+static void set_limits(const struct xv_dp *dp, struct port *port)
+{
+	const struct policy *policy = port->policy;
+	const uint64_t us = dp->cycles_per_us, now = cycles_now();
+
+	if (!policy)
+		return;
+	port->tx_rate = limit_set(&port->guest->tx, &policy->tx, us, now);
+	port->rx_rate = limit_set(&port->guest->rx, &policy->rx, us, now);
+	port->storm = limit_set(&port->guest->storm, &policy->storm, us, now);
+}
+
+/* The table that the guest had is no worker's any more, if this is another. */
+static void keep_learned(const struct port *port)
+{
+	if (port->guest->learned != port->learned)
+		learned_free(port->guest->learned);
+	port->guest->learned = port->learned;
+}
+
 /*
  * The workers are held while
  * - a source moves from one to another. No ring is ever read by two, no frame of the old worker's comes behind one of the new
@@ -340,6 +360,8 @@ int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf)
 	for (uint32_t i = 0; i < snap->nr_ports; i++) {
 		snap->ports[i].guest->event_fd = dp->event_fd;
 		snap->ports[i].guest->dp = dp;
+		snap->ports[i].guest->cycles_per_us = dp->cycles_per_us;
+		set_limits(dp, &snap->ports[i]);
 	}
 	snap->serial = old->serial + 1;
 	for_each_vring(snap, follows, &follow);
@@ -358,6 +380,8 @@ int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf)
 	for_each_vring(snap, begin, NULL);
 	__atomic_store_n(&dp->snap, snap, __ATOMIC_SEQ_CST);
 	xv_quiesce(dp);
+	for (uint32_t i = 0; i < snap->nr_ports; i++)
+		keep_learned(&snap->ports[i]);
 	for (uint32_t i = 0; i < dp->conf.workers; i++)
 		worker_wake(&dp->workers[i]); /* rings may be full of frames whose kick came before */
 	snapshot_free(old);

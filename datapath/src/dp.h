@@ -35,6 +35,7 @@ struct worker {
 	long preempted;        /* how often the kernel had taken its CPU from it when it looked last */
 	bool tx_stalls;        /* a guest's or a tap's frames wait for a guest's buffers, as long as their patience lasts */
 	bool ctrl_waits;       /* a control command waits for control, or for other workers */
+	uint64_t due;          /* when the first of the guests may send again that have sent all they may; UINT64_MAX: none */
 	bool rx_stalls;        /* a NIC's frames wait for buffers; another worker may get their kick */
 	uint32_t first;        /* where in `hot` its next turn begins: no port is always served last */
 	struct call_ctx calls;

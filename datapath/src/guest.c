@@ -5,10 +5,18 @@
 
 #include "guest.h"
 
+/* Give control something to read. Async-signal-safe. */
+static void tell_control(const struct xv_guest *guest)
+{
+	const uint64_t one = 1;
+
+	if (guest->event_fd >= 0 && write(guest->event_fd, &one, sizeof(one)) < 0)
+		return; /* EAGAIN: the counter is saturated, so control has an event to read anyway */
+}
+
 void guest_fault(struct xv_guest *guest, enum xv_fault_code code, uint32_t ring, uint64_t detail)
 {
 	uint32_t none = XV_FAULT_NONE;
-	uint64_t one = 1;
 
 	/* UINT32_MAX claims the record while it is filled; readers take any code past XV_FAULT_MAX for "being written" */
 	if (!__atomic_compare_exchange_n(&guest->fault.code, &none, UINT32_MAX, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
@@ -16,8 +24,27 @@ void guest_fault(struct xv_guest *guest, enum xv_fault_code code, uint32_t ring,
 	guest->fault.ring = ring;
 	guest->fault.detail = detail;
 	store_release(&guest->fault.code, (uint32_t)code);
-	if (guest->event_fd >= 0 && write(guest->event_fd, &one, sizeof(one)) < 0)
-		return; /* EAGAIN: the counter is saturated, so control has an event to read anyway */
+	tell_control(guest);
+}
+
+bool guest_learns(const struct xv_guest *guest, struct learned *table, uint64_t key, bool may_add)
+{
+	const enum learning result = learned_use(table, key, cycles_now(), may_add);
+
+	if (unlikely(result == LEARN_NEW))
+		tell_control(guest);
+	return result != LEARN_FULL;
+}
+
+uint32_t xv_guest_learned(struct xv_guest *guest, struct xv_learned *out, uint32_t n)
+{
+	return guest->learned ? learned_list(guest->learned, cycles_now(), guest->cycles_per_us, out, n) : 0;
+}
+
+void xv_guest_forget(struct xv_guest *guest, const uint8_t mac[6], uint16_t vlan)
+{
+	if (guest->learned)
+		learned_forget(guest->learned, filter_word(mac) | (uint64_t)vlan << 48);
 }
 
 int xv_guest_new(uint32_t max_pairs, struct xv_guest **out)
@@ -39,6 +66,8 @@ int xv_guest_new(uint32_t max_pairs, struct xv_guest **out)
 
 void xv_guest_free(struct xv_guest *guest)
 {
+	if (guest)
+		learned_free(guest->learned);
 	free(guest);
 }
 

@@ -12,7 +12,9 @@
 #define XV_GUEST_H
 
 #include "base.h"
+#include "bucket.h"
 #include "filter.h"
+#include "learn.h"
 #include "rss.h"
 
 struct guest_queue {
@@ -56,11 +58,14 @@ struct xv_guest {
 	int event_fd;      /* the data plane's, -1 until first published */
 	uint32_t max_pairs;
 	struct xv_dp *dp;  /* NULL until first published */
+	uint64_t cycles_per_us; /* of that, as is event_fd */
 	uint32_t offloads; /* GSO_BITs and OFFLOAD_CSUM: of what was negotiated, what is switched on */
 	bool fresh;        /* control's: its control virtqueue has not been published since the last reset */
 	const struct rx_rules *rules; /* one of `room` */
 	struct rx_rules room[2];
 	struct ctrl_work work;
+	struct learned *learned; /* as of the last publication, NULL: it may not */
+	struct limit tx, rx, storm;
 	uint32_t mac_state; /* enum mac_request_state */
 	struct xv_mac_request mac_request;
 	struct guest_queue queues[];
@@ -68,6 +73,12 @@ struct xv_guest {
 
 /* Give the guest up: the first fault is kept, control is told. Async-signal-safe. */
 void guest_fault(struct xv_guest *guest, enum xv_fault_code code, uint32_t ring, uint64_t detail);
+
+/*
+ * It uses an address (mac_key()) that it has not been given: whether it may. `may_add`: it is nobody else's. A new one is
+ * told to control.
+ */
+bool guest_learns(const struct xv_guest *guest, struct learned *table, uint64_t key, bool may_add);
 
 /* Its control virtqueue is about to be published. `resumed`: its driver has used it before. */
 void guest_ctrl_begins(struct xv_guest *guest, bool resumed);

@@ -46,6 +46,9 @@ static bool can_go(const struct worker *w, const struct source *source)
 		return false;
 	switch (source->kind) {
 	case SOURCE_TX:
+		if (ring_of(source)->not_before) /* no event says when it may send again */
+			return false;
+		__attribute__((fallthrough));
 	case SOURCE_TAP:
 		return !stalled_on(source); /* its patience is measured in turns */
 	case SOURCE_CTRL:
@@ -60,6 +63,8 @@ static void arm(struct source *source)
 {
 	struct xv_vring *vr = ring_of(source), *stalled = stalled_on(source);
 
+	if (vr && vr->not_before) /* it is looked at when it may send again: its kicks are no news */
+		return;
 	if (vr)
 		vring_arm(vr);
 	if (stalled)

@@ -19,6 +19,9 @@
  * A few sources that have nothing cost less to poll than events: as long as there are no more, they all stay hot, and
  * guests are not asked for kicks while the worker is awake.
  *
+ * A ring whose guest has sent all that it may stays hot until it has been looked at again: no event says when. It is not
+ * armed meanwhile, and the worker sleeps no longer than until then (worker.c).
+ *
  * What epoll refused stays hot. A guest that kicks for nothing keeps its rings hot, and costs no more than that: each of its
  * descriptors makes at most one event a look, and looks have their times.
  */

@@ -30,6 +30,8 @@ static struct line *line_of(struct learned *table, uint64_t key, uint32_t which)
 
 static uint64_t *find(struct learned *table, uint64_t key, uint64_t **used)
 {
+	if (unlikely(key == FREE))
+		return NULL;
 	for (uint32_t which = 0; which < 2; which++) {
 		struct line *line = line_of(table, key, which);
 
@@ -130,7 +132,7 @@ enum learning learned_use(struct learned *table, uint64_t key, uint64_t now, boo
 			store_once(used, now);
 		return LEARN_KNOWN;
 	}
-	if (!may_add || load_once(&table->nr) >= table->most)
+	if (!may_add || key == FREE || load_once(&table->nr) >= table->most)
 		return LEARN_FULL;
 	return learn(table, key, now);
 }

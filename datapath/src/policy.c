@@ -25,10 +25,11 @@ int policy_new(const struct xv_policy_conf *conf, struct policy **out)
 	const uint64_t *trunk = (const uint64_t *)(uintptr_t)conf->trunk;
 	const struct xv_ip *addresses = (const struct xv_ip *)(uintptr_t)conf->addresses;
 	struct policy *policy;
+	int result;
 
 	if (!is_valid(conf, trunk, addresses))
 		return -EINVAL;
-	policy = calloc(1, sizeof(*policy) + conf->nr_addresses * sizeof(addresses[0]));
+	policy = calloc(1, sizeof(*policy));
 	if (!policy)
 		return -ENOMEM;
 	policy->flags = conf->flags;
@@ -40,9 +41,20 @@ int policy_new(const struct xv_policy_conf *conf, struct policy **out)
 	policy->tx = conf->tx;
 	policy->rx = conf->rx;
 	policy->storm = conf->storm;
-	policy->nr_addresses = conf->nr_addresses;
-	if (conf->nr_addresses)
-		memcpy(policy->addresses, addresses, conf->nr_addresses * sizeof(addresses[0]));
+	if (conf->flags & XV_POLICY_IP_CHECK) {
+		result = ip_guard_new(addresses, conf->nr_addresses, &policy->guard);
+		if (result) {
+			free(policy);
+			return result;
+		}
+	}
 	*out = policy;
 	return 0;
+}
+
+void policy_free(struct policy *policy)
+{
+	if (policy)
+		free(policy->guard);
+	free(policy);
 }

@@ -12,6 +12,7 @@
 #include <linux/if_xdp.h>
 
 #include "gso.h"
+#include "ipguard.h"
 #include "vring.h"
 
 /* ---- guest (vhost.c) ---- */
@@ -21,6 +22,7 @@
 /* For what is judged of a guest's frames (ingress.c); a tag is put before the head. */
 struct ingress_room {
 	uint8_t heads[XV_BURST][24];
+	uint8_t long_heads[XV_BURST][8 + IP_GUARD_BYTES];
 	struct xv_seg segs[XV_BURST_SEGS + XV_BURST];
 	uint32_t nr, nr_segs;
 };

@@ -65,6 +65,35 @@ static void bind_ring(struct xv_vring *vr, uint32_t index, struct guest_queue *q
 	vr->kick.events = kicks;
 }
 
+static int add_policy(struct port *port, const struct xv_policy_conf *conf)
+{
+	struct learned *has = port->guest->learned;
+	int result = policy_new(conf, &port->policy);
+
+	if (result)
+		return result;
+	port->gated = conf->access || conf->trunk || conf->flags & XV_POLICY_LINK_DOWN;
+	if (conf->rx.rate)
+		port->rules |= PORT_LIMITED;
+	if (conf->learn)
+		port->learned = has && learned_most(has) == conf->learn ? has : learned_new(conf->learn, has);
+	return conf->learn && !port->learned ? -ENOMEM : 0;
+}
+
+/*
+ * Whose frames are looked at where they come in. Where there is an access port, everybody's: tags are taken out in place,
+ * which must not be in the sender's memory.
+ */
+static void choose_judged(struct snapshot *snap)
+{
+	bool access = false;
+
+	for (uint32_t i = 0; i < snap->nr_ports; i++)
+		access |= snap->ports[i].policy && snap->ports[i].policy->access;
+	for (uint32_t i = 0; i < snap->nr_ports; i++)
+		snap->ports[i].judged = access || (snap->ports[i].policy && policy_judges(snap->ports[i].policy));
+}
+
 static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_guest_conf *conf, uint32_t nr_guests)
 {
 	struct xv_vring *const *rings = at(conf->rings);
@@ -78,16 +107,15 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 	port->worker = conf->worker;
 	port->own_ctrl = conf->ctrl != XV_NO_RING;
 	port->rules = rules_of(conf);
-	if (conf->policy) {
-		int result = policy_new(at(conf->policy), &port->policy);
-
-		if (result)
-			return result;
-		port->gated = port->policy->access || port->policy->is_trunk || port->policy->flags & XV_POLICY_LINK_DOWN;
-	}
 	if (!port->guest || !conf->max_pairs || conf->max_pairs > port->guest->max_pairs ||
 	    conf->nr_rings > 2 * port->guest->max_pairs + 1)
 		return -EINVAL;
+	if (conf->policy) {
+		int result = add_policy(port, at(conf->policy));
+
+		if (result)
+			return result;
+	}
 	port->rx = calloc(port->guest->max_pairs, sizeof(port->rx[0]));
 	if (!port->rx)
 		return -ENOMEM;
@@ -300,9 +328,13 @@ int snapshot_new(const struct xv_snapshot_conf *conf, uint32_t workers, struct s
 		result = add_macs(snap, at(conf->macs), conf->nr_macs);
 	if (result)
 		goto fail;
+	choose_judged(snap);
 	*out = snap;
 	return 0;
 fail:
+	for (uint32_t i = 0; snap->ports && i < snap->nr_ports; i++)
+		if (snap->ports[i].learned && snap->ports[i].learned != snap->ports[i].guest->learned)
+			learned_free(snap->ports[i].learned);
 	snapshot_free(snap);
 	return result;
 }
@@ -313,7 +345,7 @@ void snapshot_free(struct snapshot *snap)
 		return;
 	for (uint32_t i = 0; snap->ports && i < snap->nr_ports; i++) {
 		free(snap->ports[i].rx);
-		free(snap->ports[i].policy);
+		policy_free(snap->ports[i].policy);
 	}
 	for (uint32_t i = 0; snap->nics && i < snap->nr_nics; i++) {
 		free(snap->nics[i].queues);

@@ -26,9 +26,13 @@ struct port { /* a guest */
 	uint64_t mac;         /* filter_word() of its first address, 0: it has none */
 	struct policy *policy; /* NULL: nothing is checked */
 	bool gated;           /* what goes to it is looked at: it has only some VLANs, or is switched off */
+	bool judged;          /* what comes from it is looked at: ingress.c */
+	struct learned *learned; /* addresses that it has learned, NULL: it may not */
+	struct bucket *tx_rate, *rx_rate, *storm; /* of the guest, NULL: no limit. Set by xv_publish() */
 };
 
-#define PORT_HASHES 4u /* frames are hashed, if its rules say so */
+#define PORT_HASHES 4u  /* frames are hashed, if its rules say so */
+#define PORT_LIMITED 8u /* frames take from its `rx_rate` */
 
 struct nic {
 	struct xv_nicq **queues;

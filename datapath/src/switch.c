@@ -245,6 +245,25 @@ static bool wants(const struct filter *filter, const struct xv_view *view, uint3
 	return filter_passes(filter, copy, parts);
 }
 
+/* How many of these the guest's rate lets through to it. */
+static uint32_t take_rx(struct bucket *rate, const struct xv_view *const *views, uint32_t n)
+{
+	uint32_t sizes[XV_BURST];
+
+	for (uint32_t i = 0; i < n; i++)
+		sizes[i] = views[i]->len;
+	return n ? bucket_take(rate, cycles_now(), sizes, n) : 0;
+}
+
+static void give_rx(struct bucket *rate, const struct xv_view *const *views, uint32_t n)
+{
+	uint64_t bytes = 0;
+
+	for (uint32_t i = 0; i < n; i++)
+		bytes += views[i]->len;
+	bucket_give(rate, bytes);
+}
+
 static uint32_t by_rules(const struct port *port, uint32_t hint, const struct xv_view *const *views, uint32_t n,
 			 struct call_ctx *ctx, struct xv_vring **stalled)
 {
@@ -252,7 +271,7 @@ static uint32_t by_rules(const struct port *port, uint32_t hint, const struct xv
 	const struct rx_rules *rules = load_acquire(&port->guest->rules);
 	const uint32_t parts = port->rules & (FILTER_BY_ADDRESS | FILTER_BY_VLAN);
 	const struct xv_view *wanted[XV_BURST];
-	uint32_t at[XV_BURST + 1], nr = 0, done;
+	uint32_t at[XV_BURST + 1], nr = 0, may = 0, done = 0;
 
 	for (uint32_t i = 0; i < n; i++) {
 		if (parts && !wants(&rules->filter, views[i], parts))
@@ -261,12 +280,19 @@ static uint32_t by_rules(const struct port *port, uint32_t hint, const struct xv
 		wanted[nr++] = views[i];
 	}
 	at[nr] = n;
+	may = port->rx_rate ? take_rx(port->rx_rate, wanted, nr) : nr;
 	if (port->rules & PORT_HASHES)
-		hash_views(&rules->rss, wanted, nr);
+		hash_views(&rules->rss, wanted, may);
 	if (rules->rss.steer)
-		done = by_table(port, &rules->rss, wanted, nr, ctx, stalled);
-	else
-		done = nr ? to_pair(port, hint, wanted, nr, ctx, stalled) : 0;
+		done = by_table(port, &rules->rss, wanted, may, ctx, stalled);
+	else if (may)
+		done = to_pair(port, hint, wanted, may, ctx, stalled);
+	if (unlikely(done < may && port->rx_rate)) /* they come again, and so do those behind them */
+		give_rx(port->rx_rate, wanted + done, may - done);
+	if (unlikely(done == may && may < nr)) {
+		drop_to_pair(port, hint, XV_DROP_RATE, frames_of(wanted + may, nr - may));
+		done = nr;
+	}
 	if (at[done] > done)
 		drop_to_pair(port, hint, XV_DROP_FILTERED, at[done] - done);
 	return at[done];

@@ -20,7 +20,8 @@ struct origin {
 	uint32_t hint;          /* queue it came in on: frames of one flow keep to one queue */
 	struct uplink uplink;   /* nowhere: there is none, or the burst came from there */
 	uint64_t *drops;        /* of the sending guest or host port; NULL for a NIC */
-	bool judged;            /* a guest with a policy: its frames are looked at first */
+	bool judged;            /* a guest whose frames are looked at first */
+	bool announces;         /* what we say in its name: it counts as none of its group frames */
 };
 
 /*

@@ -91,6 +91,7 @@ struct xv_vring {
 	bool begun; /* it has been published */
 	struct xv_vring *stalled_on; /* transmit rings: the receive ring whose buffers ran out, or NULL */
 	struct patience patience;      /* transmit rings: for such a ring */
+	uint64_t not_before;           /* transmit rings: the guest has sent all that it may until then, in cycles; or 0 */
 	const struct xv_vring *follows; /* until published: the one whose place it takes, or NULL */
 	struct source kick;
 };

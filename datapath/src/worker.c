@@ -31,6 +31,8 @@
 #define MCAST_EVERY_US 100u
 #define PATIENCE_US 1000u
 #define PATIENCE_SHARE 8u
+#define PAUSE_US 100u
+#define NS_LONGEST 1000000000ull
 #define GATHER_NS 1000u
 #define CONTENTION_EVERY_US 100u
 #define CONTENTION_US 10000u
@@ -147,12 +149,61 @@ static uint64_t may_wait(const struct worker *w, struct patience *patience, bool
 	return patience->left;
 }
 
+/*
+ * How long a guest waits that has sent all it may: until it may send for PAUSE_US, or a quarter of its burst, so that the next
+ * burst is one. Its frames stay in its ring, and it costs nothing meanwhile.
+ */
+static void pause_tx(struct worker *w, struct xv_vring *vr, const struct bucket *rate, uint64_t now)
+{
+	const uint64_t least = bucket_wait(rate, now, 1), more = bucket_wait(rate, now, MAX(rate->burst / 4, 1u));
+
+	vr->not_before = now + MAX(MAX(least, MIN(more, PAUSE_US * w->dp->cycles_per_us)), 1u);
+	w->due = MIN(w->due, vr->not_before);
+}
+
+static bool is_paused(struct worker *w, struct xv_vring *vr)
+{
+	if ((int64_t)(vr->not_before - cycles_now()) > 0) {
+		w->due = MIN(w->due, vr->not_before);
+		return true;
+	}
+	vr->not_before = 0;
+	w->due = 0; /* it was not armed: so do not sleep before it is */
+	return false;
+}
+
+/* Forward as much of the burst as the guest's rate allows; the rest waits in its ring. Answers as switch_burst() does. */
+static uint32_t send_limited(struct worker *w, const struct snapshot *snap, const struct origin *from, struct bucket *rate,
+			     struct xv_vring *vr, struct xv_vring **stalled)
+{
+	const uint64_t now = cycles_now();
+	const uint32_t n = w->burst.nr;
+	uint32_t sizes[XV_BURST], done;
+	uint64_t left = 0;
+
+	for (uint32_t i = 0; i < n; i++)
+		sizes[i] = w->burst.views[i].len;
+	w->burst.nr = bucket_take(rate, now, sizes, n);
+	if (w->burst.nr < n)
+		pause_tx(w, vr, rate, now);
+	if (!w->burst.nr)
+		return 0;
+	done = switch_burst(snap, from, &w->burst, &w->calls, &w->dirty, stalled);
+	for (uint32_t i = done; i < w->burst.nr; i++) /* they come again */
+		left += sizes[i];
+	if (left)
+		bucket_give(rate, left);
+	return done;
+}
+
 static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct tx_source *source)
 {
 	struct xv_vring *vr = source->vring, *stalled = NULL, *was = vr->stalled_on;
 	uint32_t done;
 
 	if (guest_faulted(vr->guest))
+		return false;
+	if (unlikely(vr->not_before) && is_paused(w, vr))
 		return false;
 	if (unlikely(was && vring_usable(was) && !vring_has_buffers(was)) && may_wait(w, &vr->patience, true)) {
 		w->tx_stalls = true;
@@ -167,10 +218,17 @@ static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct 
 		count(vr->queue->tx.drops[XV_DROP_DISABLED], done);
 	} else {
 		const struct port *port = &snap->ports[source->port];
-		const struct origin from = {source->port, port->nic, source->pair, source->uplink, vr->queue->tx.drops,
-					    port->policy};
+		const struct origin from = {.port = source->port,
+					    .nic = port->nic,
+					    .hint = source->pair,
+					    .uplink = source->uplink,
+					    .drops = vr->queue->tx.drops,
+					    .judged = port->judged};
 
-		done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
+		if (unlikely(port->tx_rate))
+			done = send_limited(w, snap, &from, port->tx_rate, vr, &stalled);
+		else
+			done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
 	}
 	if (unlikely(stalled && !may_wait(w, &vr->patience, was != NULL))) {
 		switch_drop_stalled(stalled, w->burst.nr - done);
@@ -317,7 +375,12 @@ static void announce_in(struct worker *w, const struct snapshot *snap, const str
 			uint32_t vlan)
 {
 	const struct port *port = &snap->ports[source->port];
-	const struct origin from = {source->port, port->nic, 0, source->uplink, source->vring->queue->tx.drops, port->policy};
+	const struct origin from = {.port = source->port,
+				    .nic = port->nic,
+				    .uplink = source->uplink,
+				    .drops = source->vring->queue->tx.drops,
+				    .judged = port->judged,
+				    .announces = true};
 	uint8_t frame[RARP_BYTES + TAG_BYTES];
 	const uint32_t len = make_rarp(frame, mac, vlan);
 	struct xv_vring *stalled;
@@ -394,8 +457,10 @@ static void adopt(struct worker *w, const struct snapshot *snap)
 {
 	const struct duty *duty = &snap->duties[w->index];
 
-	for (uint32_t i = 0; i < duty->nr_tx; i++)
+	for (uint32_t i = 0; i < duty->nr_tx; i++) {
 		duty->tx[i].vring->stalled_on = NULL;
+		duty->tx[i].vring->not_before = 0;
+	}
 	for (uint32_t i = 0; i < duty->nr_xsk; i++)
 		duty->xsk[i].xsk->stalled_on = NULL;
 	for (uint32_t i = 0; i < duty->nr_packet; i++)
@@ -448,6 +513,7 @@ bool worker_turn(struct worker *w, const struct snapshot *snap, bool all)
 	if (unlikely(snap->serial != w->serial))
 		adopt(w, snap);
 	w->tx_stalls = w->rx_stalls = w->ctrl_waits = false;
+	w->due = UINT64_MAX;
 	serve_requests(w, snap);
 	if (unlikely(all || start >= w->tend_due))
 		busy = tend(w, snap, start, all);
@@ -493,6 +559,25 @@ static int longest_sleep(const struct worker *w)
 	return timeout;
 }
 
+/* As epoll_wait(), but no longer than until a guest may send again. */
+static int wait_for_events(const struct worker *w, struct epoll_event *events, int timeout)
+{
+	const uint64_t now = cycles_now();
+	struct timespec pause;
+	uint64_t ns;
+	int n;
+
+	if (likely(w->due == UINT64_MAX))
+		return epoll_wait(w->epfd, events, EVENTS, timeout);
+	ns = w->due > now ? (w->due - now) * 1000 / w->dp->cycles_per_us : 0;
+	ns = MIN(ns, timeout < 0 ? NS_LONGEST : (uint64_t)timeout * 1000000);
+	pause = (struct timespec){(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
+	n = epoll_pwait2(w->epfd, events, EVENTS, &pause, NULL);
+	if (n < 0 && errno == ENOSYS) /* before Linux 5.11 */
+		n = epoll_wait(w->epfd, events, EVENTS, (int)(ns / 1000000) + 1);
+	return n;
+}
+
 static bool is_current(const struct worker *w)
 {
 	const struct snapshot *now = __atomic_load_n(&w->dp->snap, __ATOMIC_SEQ_CST);
@@ -514,7 +599,7 @@ static void sleep_until_work(struct worker *w, const struct snapshot *snap)
 		__atomic_store_n(&w->parked, true, __ATOMIC_SEQ_CST);
 		/* a snapshot published before `parked` was seen is found here; one published after it, by the wake-up */
 		if (__atomic_load_n(&w->dp->epoch, __ATOMIC_SEQ_CST) == w->seen)
-			n = epoll_wait(w->epfd, events, EVENTS, timeout);
+			n = wait_for_events(w, events, timeout);
 		__atomic_store_n(&w->parked, false, __ATOMIC_SEQ_CST);
 		/* while parked the snapshot may have gone, and with it what the events and the lists point to */
 		if (!is_current(w))

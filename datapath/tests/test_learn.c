@@ -71,6 +71,8 @@ static void test_forget(void)
 		learned_use(table, key_of(i, 1), 1, true);
 	learned_forget(table, key_of(100, 1)); /* is not there */
 	learned_forget(table, key_of(3, 2));
+	learned_forget(table, 0);
+	CHECK_EQ(learned_use(table, 0, 1, true), LEARN_FULL); /* no address */
 	for (uint32_t i = 0; i < 64; i += 2) {
 		learned_forget(table, key_of(i, 1));
 		learned_forget(table, key_of(i, 1));
@@ -80,6 +82,8 @@ static void test_forget(void)
 	for (uint32_t i = 1000; i < 1032; i++) /* their places are free again */
 		CHECK_EQ(learned_use(table, key_of(i, 1), 1, true), LEARN_NEW);
 	CHECK_EQ(learned_use(table, key_of(2000, 1), 1, true), LEARN_FULL);
+	learned_forget(table, key_of(1000, 1));
+	CHECK_EQ(learned_use(table, 0, 1, true), LEARN_FULL);
 	learned_free(table);
 }
 
