@@ -7,7 +7,8 @@ One request a line, one answer a line, any number of them a connection, answered
     {"result": {...}}
     {"error": {"kind": "ConfigError", "message": "...", "exit_code": 2}}
 
-Methods: status, stats, guest-add {spec}, guest-set {name, set: {KEY: VALUE}}, guest-rm {name}, guest-list, down.
+Methods: status, stats, guest-add {spec}, guest-set {name, set: {KEY: VALUE}}, guest-rm {name}, guest-list, down; where
+the data plane serves guests, rebalance {move: {GUEST: WORKER}}.
 A line that is no request, or longer than MAX_LINE bytes, is answered with an error and ends the connection; everything
 else keeps it.
 """
@@ -73,6 +74,14 @@ def text_param(params: Params, key: str) -> str:
     if unknown:
         raise ConfigError(f"api request: unknown parameter {unknown[0]!r}; it takes {key!r} only")
     return value
+
+
+def numbers_param(params: Params, key: str) -> dict[str, int]:
+    """The object of whole numbers `params[key]`, empty when it is missing; ConfigError for all else."""
+    found = params.get(key, {})
+    if set(params) - {key} or not isinstance(found, dict) or any(type(value) is not int for value in found.values()):
+        raise ConfigError(f"api request: it takes {key!r} only, an object of whole numbers")
+    return dict(found)
 
 
 def texts_param(params: Params, key: str, texts: str) -> tuple[str, dict[str, str]]:

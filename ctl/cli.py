@@ -343,6 +343,30 @@ def guest_list(run_dir: Path, as_json: bool) -> None:
         console.print(ports)
 
 
+@main.command()
+@click.argument("moves", metavar="[GUEST=WORKER…]", nargs=-1)
+@run_dir_option
+@json_option
+def rebalance(moves: tuple[str, ...], run_dir: Path, as_json: bool) -> None:
+    """Even out what the workers have to do, or move guests to workers as told.
+
+    Without arguments it looks for a second at what each guest costs, and moves those that make a difference. No frame
+    is lost or overtaken. docs/switch.md says what is on which worker.
+    """
+    facts = api.call(run_dir, "rebalance", {"move": config.parse_moves(moves)})
+    if as_json:
+        _print_json(facts)
+        return
+    from . import view
+
+    if "workers" in facts:
+        view.console().print(view.loads_table(facts["workers"]))
+    for move in facts["moves"]:
+        click.echo(f"guest {move['guest']}: from worker {move['from']} to {move['to']}")
+    if not facts["moves"]:
+        click.echo("nothing was moved")
+
+
 @main.group()
 def trace() -> None:
     """Watch what the kernel does with the guests' frames."""

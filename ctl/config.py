@@ -397,6 +397,19 @@ def check_ifaces(ifaces: Sequence[str], mode: Mode) -> tuple[str, ...]:
     return tuple(ifaces)
 
 
+def parse_moves(texts: Iterable[str]) -> dict[str, int]:
+    """GUEST=WORKER, any number of them. Raises ConfigError."""
+    moves: dict[str, int] = {}
+    for text in texts:
+        name, equals, worker = text.rpartition("=")
+        if not equals or not name or not worker.isascii() or not worker.isdigit() or int(worker[:9]) >= MAX_WORKERS:
+            raise ConfigError(f"{text!r} is not GUEST=WORKER; workers are numbers below {MAX_WORKERS}, from 0 on")
+        if name in moves:
+            raise ConfigError(f"guest {name!r} is given twice; give it once")
+        moves[name] = int(worker)
+    return moves
+
+
 def check_host_port(name: str | None, ifaces: Sequence[str]) -> str | None:
     """The name of the host port of one interface. Raises ConfigError."""
     if name is None or name == HOST_PORT_OF_EACH:

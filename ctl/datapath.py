@@ -175,6 +175,8 @@ class GuestConf(Structure):
         ("nic", c_uint32),
         ("worker", c_uint32),
         ("max_pairs", c_uint32),
+        ("uplink", c_uint32),
+        ("reserved", c_uint32),
     )
 
 
@@ -366,6 +368,7 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "xv_worker_run": (c_int32, (c_void_p, c_uint32)),
     "xv_dp_stop": (None, (c_void_p,)),
     "xv_dp_event_fd": (c_int32, (c_void_p,)),
+    "xv_cycles_per_us": (c_uint64, (c_void_p,)),
     "xv_dp_watchdog": (None, (c_void_p,)),
     "xv_worker_counters": (POINTER(WorkerCounters), (c_void_p, c_uint32)),
     "xv_publish": (c_int32, (c_void_p, POINTER(SnapshotConf))),
@@ -653,12 +656,17 @@ class PacketPort(_Native):
 
 @dataclass
 class GuestState:
-    """One guest as it is published: rings by vring index (even: towards the guest)."""
+    """One guest as it is published: rings by vring index (even: towards the guest).
+
+    Pair i, and its socket of NIC queue i, are on worker (worker + i) % workers; pair i sends on NIC queue (uplink + i)
+    % queues. To change `worker` moves them, and no frame overtakes another.
+    """
 
     port: GuestPort
     nic: int
     worker: int
     max_pairs: int
+    uplink: int = 0
     xsks: Sequence[Xsk] = ()
     packet: PacketPort | None = None
     rings: Mapping[int, Vring] = field(default_factory=dict)
@@ -831,6 +839,11 @@ class Datapath:
         """Return when every worker has begun a new turn, and so has seen all that was set before."""
         self._lib.xv_quiesce(self.handle)
 
+    @property
+    def cycles_per_second(self) -> int:
+        """What the workers' cycles are counted in."""
+        return 1_000_000 * int(self._lib.xv_cycles_per_us(self.handle))
+
     def worker_counters(self, worker: int) -> WorkerCounters:
         counters: WorkerCounters = self._lib.xv_worker_counters(self.handle, worker).contents
         return counters
@@ -955,6 +968,8 @@ class Datapath:
                 state.nic,
                 state.worker,
                 state.max_pairs,
+                state.uplink,
+                0,
             )
             for state, (rings, nr_rings, xsks, nr_xsks) in zip(guests, places, strict=True)
         ]

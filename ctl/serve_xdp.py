@@ -13,20 +13,24 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from . import placement, privileges
+from . import assignment, placement, privileges
+from .api import numbers_param
 from .config import GuestSpec, UpConfig, change_guest, check_new_guest, format_guest, format_mac
 from .datapath import DROP_NAMES, FAULT_CALL_BLOCKED, Datapath
 from .describe import describe_port
-from .errors import XdpvhostError
+from .errors import ConfigError, XdpvhostError
 from .hostport import name_for, refuse_taken
 from .links.journal import Journal
 from .links.nicprep import adoptable
+from .load import Look, WorkerLoad, measure, worker_counts, worker_loads
 from .metrics.samples import Counters
+from .rebalance import plan, totals
 from .rundir import interface_index
 from .service import Leftover, no_such_guest
 from .switch import MAX_PAIRS_WITH_CTRL, Switch
@@ -35,7 +39,7 @@ from .virtio import feature_names
 from .xdp.nic import Nic, NicOptions
 
 if TYPE_CHECKING:
-    from .api import Handler
+    from .api import Handler, Params
     from .hostport import HostPort
     from .metrics.declared import Sample
     from .nicport import NicPort
@@ -45,6 +49,8 @@ log = logging.getLogger(__name__)
 
 WATCHDOG_PERIOD = 0.1
 EVENT_PERIOD = 0.01  # seconds between two looks at what the data plane reports
+WORKER_PERIOD = 1.0  # seconds that the workers' loads in `status` are of
+MEASURE_PERIOD = 1.0  # seconds that `rebalance` looks before it moves anybody
 DEVICE_PERIOD = 1.0  # seconds between looks at the interface's MTU
 BLOCKED_HOLD_OFF = 10.0  # seconds that a front-end which made a worker block has to wait
 RETRY_PERIOD = 1.0
@@ -66,6 +72,8 @@ class XdpService:
         self._switch: Switch
         self._counters: Counters | None = None
         self._coming: list[GuestSpec] = []  # configured, and not yet added
+        self._rebalancing = asyncio.Lock()
+        self._worker_loads: list[WorkerLoad] = []  # of the last DEVICE_PERIOD
 
     @property
     def needs(self) -> Sequence[Sequence[str]]:
@@ -101,6 +109,9 @@ class XdpService:
         stack.callback(watchdog.cancel)
         device = loop.create_task(self._watch_device(), name="device")
         stack.callback(device.cancel)
+        self._worker_loads = [WorkerLoad(0.0, 0.0)] * config.workers
+        workers = loop.create_task(self._watch_workers(), name="workers")
+        stack.callback(workers.cancel)
 
     def _open_nics(self, journal: Journal) -> Iterator[NicPort]:
         """Where the guests' frames come from and go to, in the order of `UpConfig.ifaces`."""
@@ -262,6 +273,14 @@ class XdpService:
             self._dp.watchdog()
             await asyncio.sleep(WATCHDOG_PERIOD)
 
+    async def _watch_workers(self) -> None:
+        before, then = worker_counts(self._dp), time.monotonic()
+        while True:
+            await asyncio.sleep(WORKER_PERIOD)
+            now, when = worker_counts(self._dp), time.monotonic()
+            self._worker_loads = worker_loads(before, now, when - then, self._dp.cycles_per_second)
+            before, then = now, when
+
     async def _watch_device(self) -> None:
         while True:
             await asyncio.sleep(DEVICE_PERIOD)
@@ -276,20 +295,86 @@ class XdpService:
     # ---- what it tells ----
 
     def describe(self) -> dict[str, Any]:
+        entries = list(self._switch.guests.values())
         return {
             "workers": self._config.workers,
             "poll": self._config.poll,
-            "nics": [describe_nic(nic, self._switch.hosts.get(nic)) for nic in self._switch.nics],
+            "worker_loads": assignment.of_workers(self._worker_loads, entries),
+            "nics": [
+                describe_nic(nic, self._switch.hosts.get(nic))
+                | {"assignment": assignment.of_queues(index, nic, entries, self._config.workers)}
+                for index, nic in enumerate(self._switch.nics)
+            ],
         }
 
     def describe_guests(self) -> list[dict[str, Any]]:
-        return [describe_guest(entry) for entry in self._switch.guests.values()]
+        return [
+            describe_guest(entry) | assignment.of_guest(entry, self._config.workers)
+            for entry in self._switch.guests.values()
+        ]
 
     def read(self) -> list[Sample]:
         return self._counters.read() if self._counters is not None else []
 
     def handlers(self) -> Mapping[str, Handler]:
-        return {}
+        return {"rebalance": self._api_rebalance}
+
+    async def _api_rebalance(self, params: Params) -> dict[str, Any]:
+        wanted = numbers_param(params, "move")
+        async with self._rebalancing:
+            return self._move_as_told(wanted) if wanted else await self._rebalance()
+
+    def _move_as_told(self, wanted: Mapping[str, int]) -> dict[str, Any]:
+        """Raises ConfigError for a guest or a worker that there is not, and then nobody moves."""
+        workers = self._config.workers
+        for name, worker in wanted.items():
+            if name not in self._switch.guests:
+                raise no_such_guest(name, self.guests)
+            if not 0 <= worker < workers:
+                raise ConfigError(
+                    f"guest {name!r}: there is no worker {worker}, but {workers}, from 0 on; `up --workers N` has more"
+                )
+        return {"moves": self._move(wanted)}
+
+    async def _rebalance(self) -> dict[str, Any]:
+        """Look at what everybody does for a while, and even it out."""
+        before = Look.at(self._dp, self._switch)
+        await asyncio.sleep(MEASURE_PERIOD)
+        seen = measure(before, Look.at(self._dp, self._switch), self._dp.cycles_per_second)
+        moves = plan(seen.guests, seen.fixed)
+        bases = {load.name: moves.get(load.name, load.worker) for load in seen.guests}
+        expected = totals(seen.guests, seen.fixed, bases)
+        return {
+            "seconds": round(seen.seconds, 3),
+            "workers": [
+                {
+                    "worker": worker,
+                    "busy_percent": round(100 * load.busy, 1),
+                    "packets_per_second": round(load.packets),
+                    "expected_percent": round(100 * expected[worker], 1),
+                }
+                for worker, load in enumerate(seen.workers)
+            ],
+            "guests": [
+                {
+                    "name": load.name,
+                    "busy_percent": round(100 * load.total, 1),
+                    **{key: round(value) for key, value in msgspec.to_builtins(seen.rates[load.name]).items()},
+                }
+                for load in seen.guests
+            ],
+            "moves": self._move(moves),
+        }
+
+    def _move(self, workers: Mapping[str, int]) -> list[dict[str, Any]]:
+        """What was moved, for the answer."""
+        entries = {self._switch.guests[name]: worker for name, worker in workers.items()}
+        moves = {entry: (entry.worker, worker) for entry, worker in entries.items() if entry.worker != worker}
+        if moves:
+            self._switch.assign({entry: worker for entry, (_, worker) in moves.items()})
+        for entry, (old, new) in moves.items():
+            log.info("guest %r: from worker %d to %d", entry.name, old, new)
+        return [{"guest": entry.name, "from": old, "to": new} for entry, (old, new) in moves.items()]
 
 
 def _spec_words(spec: GuestSpec) -> tuple[str, str, int, str, str]:

@@ -69,6 +69,8 @@ class GuestEntry:
         self.place = Place(spec, Addresses(spec.mac))
         self.nic = nic
         self.port = port
+        self.worker = slot % switch.dp.workers
+        self.uplink = self.worker  # its pairs go on sending where they did when they move: nothing is overtaken
         self.xsks: Sequence[Xsk] = ()
         self.packet: PacketPort | None = None  # without XDP
         self.connected = False
@@ -317,7 +319,8 @@ class Switch:
                 GuestState(
                     port=entry.port,
                     nic=self.nics.index(entry.nic),
-                    worker=entry.slot % self.dp.workers,
+                    worker=entry.worker,
+                    uplink=entry.uplink,
                     max_pairs=entry.max_pairs,
                     xsks=entry.xsks,
                     packet=entry.packet,
@@ -334,6 +337,21 @@ class Switch:
                 nics[index] = replace(nics[index], host=host.tapq, host_xsks=host.xsks, host_packet=host.packet)
                 macs += host.packed(index)
         self.dp.publish(guests, nics, macs)
+
+    def assign(self, workers: Mapping[GuestEntry, int]) -> None:
+        """Give guests other workers, in one publication, which holds all of them: no frame is lost or overtaken.
+
+        Raises XdpvhostError, and then nothing has changed.
+        """
+        before = {entry: entry.worker for entry in workers}
+        try:
+            for entry, worker in workers.items():
+                entry.worker = worker
+            self.publish()
+        except BaseException:
+            for entry, worker in before.items():
+                entry.worker = worker
+            raise
 
     # ---- what guests ask for
 

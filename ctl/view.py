@@ -182,9 +182,13 @@ def status_view(status: Mapping[str, Any]) -> Group:
     if "workers" in status:
         daemon["workers"] = f"{status['workers']}, {status['poll']}"
     parts: list[Table] = [table("xdpvhost", ("what", "value"), _flatten(daemon))]
+    if len(status.get("worker_loads", ())) > 1:
+        parts.append(loads_table(status["worker_loads"]))
     for nic in status["nics"]:
-        facts = {key: value for key, value in nic.items() if key != "facts"} | nic["facts"]
+        facts = {key: value for key, value in nic.items() if key not in ("facts", "assignment")} | nic["facts"]
         parts += _asked_and_facts(f"interface {facts.pop('iface')}", facts)
+        if nic.get("assignment"):
+            parts.append(_queue_table(nic))
     parts.append(guest_table(status["guests"]))
     if (ports := port_table(status["guests"])) is not None:
         parts.append(ports)
@@ -196,6 +200,34 @@ def status_view(status: Mapping[str, Any]) -> Group:
     if features:
         parts.append(table("negotiated features", ("guest", "bits", "names"), features))
     return Group(*parts)
+
+
+def loads_table(workers: Sequence[Mapping[str, Any]]) -> Table:
+    """What workers did in the last second, and the guests that begin with them, or what they will do."""
+    planned = all("expected_percent" in worker for worker in workers)
+    rows = [
+        (
+            worker["worker"],
+            f"{worker['busy_percent']} %",
+            worker["packets_per_second"],
+            f"{worker['expected_percent']} %" if planned else ", ".join(worker["guests"]) or "none",
+        )
+        for worker in workers
+    ]
+    return table("workers", ("worker", "busy", "frames/s", "expected" if planned else "guests' first pairs"), rows)
+
+
+def _queue_table(nic: Mapping[str, Any]) -> Table:
+    rows = [
+        (
+            queue["queue"],
+            ", ".join(f"worker {worker}: {count}" for worker, count in queue["readers"].items()) or "none",
+            queue["sending_pairs"],
+        )
+        for queue in nic["assignment"]
+    ]
+    columns = ("queue", "read by (sockets)", "pairs that send on it")
+    return table(f"queues of {nic['iface']}", columns, rows)
 
 
 def total(counters: Sequence[Counter], name: str, **labels: str) -> int:

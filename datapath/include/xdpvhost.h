@@ -212,6 +212,8 @@ struct xv_guest_conf {
 	uint32_t nic;      /* index of its uplink in xv_snapshot_conf.nics */
 	uint32_t worker;   /* of queue pair 0; pair i is on worker (worker + i) % workers */
 	uint32_t max_pairs; /* queue pairs that the control virtqueue may switch on */
+	uint32_t uplink;   /* pair i sends on NIC queue, or to tap, (uplink + i) % queues, whichever worker it is on */
+	uint32_t reserved;
 };
 
 struct xv_nic_conf {
@@ -348,6 +350,7 @@ XV_API void xv_dp_free(struct xv_dp *dp); /* after every worker has returned */
 XV_API int xv_worker_run(struct xv_dp *dp, uint32_t worker); /* the calling thread becomes the worker until xv_dp_stop */
 XV_API void xv_dp_stop(struct xv_dp *dp);
 XV_API int xv_dp_event_fd(const struct xv_dp *dp); /* readable when a guest faulted or changed its control state */
+XV_API uint64_t xv_cycles_per_us(const struct xv_dp *dp); /* what the workers' cycles are counted in */
 XV_API void xv_dp_watchdog(struct xv_dp *dp);      /* call a few times a second: frees a worker stuck in a call fd */
 XV_API const struct xv_worker_counters *xv_worker_counters(const struct xv_dp *dp, uint32_t worker);
 XV_API int xv_publish(struct xv_dp *dp, const struct xv_snapshot_conf *conf); /* returns when no worker sees the old one */

@@ -33,7 +33,7 @@ static const struct xv_layout_entry layout[] = {
 	SIZE(xv_guest_conf), FIELD(xv_guest_conf, guest), FIELD(xv_guest_conf, rings), FIELD(xv_guest_conf, xsks), FIELD(xv_guest_conf, packet),
 	FIELD(xv_guest_conf, features), FIELD(xv_guest_conf, policy), FIELD(xv_guest_conf, nr_rings), FIELD(xv_guest_conf, nr_xsks),
 	FIELD(xv_guest_conf, ctrl), FIELD(xv_guest_conf, nic), FIELD(xv_guest_conf, worker),
-	FIELD(xv_guest_conf, max_pairs),
+	FIELD(xv_guest_conf, max_pairs), FIELD(xv_guest_conf, uplink), FIELD(xv_guest_conf, reserved),
 	SIZE(xv_nic_conf), FIELD(xv_nic_conf, queues), FIELD(xv_nic_conf, mcast), FIELD(xv_nic_conf, nr_queues),
 	FIELD(xv_nic_conf, taps), FIELD(xv_nic_conf, host), FIELD(xv_nic_conf, host_xsks),
 	FIELD(xv_nic_conf, host_packet), FIELD(xv_nic_conf, nr_taps), FIELD(xv_nic_conf, mtu),

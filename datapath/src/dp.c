@@ -146,6 +146,11 @@ int xv_dp_event_fd(const struct xv_dp *dp)
 	return dp->event_fd;
 }
 
+uint64_t xv_cycles_per_us(const struct xv_dp *dp)
+{
+	return dp->cycles_per_us;
+}
+
 const struct xv_worker_counters *xv_worker_counters(const struct xv_dp *dp, uint32_t worker)
 {
 	return worker < dp->conf.workers ? &dp->workers[worker].counters : NULL;

@@ -46,13 +46,13 @@ static uint32_t join_of(const struct port *port)
 }
 
 /* Where the guest's pair `i` sends to. */
-static struct uplink uplink_of(const struct nic *nic, uint32_t worker, uint32_t i)
+static struct uplink uplink_of(const struct nic *nic, uint32_t first, uint32_t i)
 {
 	if (!nic || !(nic->nr_queues + nic->nr_taps))
 		return (struct uplink){0};
 	if (nic->nr_taps)
-		return (struct uplink){.tap = nic->taps[(worker + i) % nic->nr_taps]};
-	return (struct uplink){.nicq = nic->queues[(worker + i) % nic->nr_queues]};
+		return (struct uplink){.tap = nic->taps[(first + i) % nic->nr_taps]};
+	return (struct uplink){.nicq = nic->queues[(first + i) % nic->nr_queues]};
 }
 
 /* Once, before workers see it. */
@@ -138,7 +138,7 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 		queue = &port->guest->queues[i / 2];
 		bind_ring(vr, i, queue, i & 1 ? &queue->tx.kicks : &queue->rx.kicks);
 		if (i & 1) {
-			duty->tx[duty->nr_tx++] = (struct tx_source){vr, uplink_of(nic, conf->worker, i / 2), index, i / 2};
+			duty->tx[duty->nr_tx++] = (struct tx_source){vr, uplink_of(nic, conf->uplink, i / 2), index, i / 2};
 		} else {
 			port->rx[i / 2] = vr;
 			port->nr_rx = i / 2 + 1;

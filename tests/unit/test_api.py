@@ -215,3 +215,11 @@ def test_a_silent_daemon_times_out(tmp_path: Path) -> None:
 def test_every_error_of_ours_has_its_own_exit_code() -> None:
     kinds: list[type[XdpvhostError]] = [ConfigError, NicError, DatapathError, DaemonError]
     assert len({kind.exit_code for kind in kinds} | {XdpvhostError.exit_code, 0}) == len(kinds) + 2
+
+
+def test_an_object_of_numbers() -> None:
+    assert api.numbers_param({}, "move") == {}
+    assert api.numbers_param({"move": {"vm1": 3}}, "move") == {"vm1": 3}
+    for params in ({"move": [1]}, {"move": {"vm1": "3"}}, {"move": {"vm1": True}}, {"other": {}}, {"move": {}, "x": 1}):
+        with pytest.raises(ConfigError, match="it takes 'move' only, an object of whole numbers"):
+            api.numbers_param(params, "move")

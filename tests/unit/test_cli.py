@@ -444,3 +444,32 @@ def test_clean_says_what_it_could_not_undo(tmp_path: Path) -> None:
     assert [fact["done"] for fact in json.loads(result.stdout)] == [False]
     assert "not undone" in result.stderr
     assert (tmp_path / "journal.jsonl").exists()
+
+
+# ---- rebalance
+
+
+def test_rebalance_shows_what_was_measured_and_moved(tmp_path: Path) -> None:
+    asked: list[Params] = []
+    workers = [
+        {"worker": 0, "busy_percent": 80.0, "packets_per_second": 1000, "expected_percent": 41.0},
+        {"worker": 1, "busy_percent": 2.0, "packets_per_second": 10, "expected_percent": 40.9},
+    ]
+    measured = {"seconds": 1.0, "workers": workers, "guests": [], "moves": [{"guest": "vm1", "from": 0, "to": 1}]}
+
+    def answer(params: Params) -> Any:
+        asked.append(params)
+        return measured if not params["move"] else {"moves": []}
+
+    with serving(tmp_path, {"rebalance": answer}):
+        result = run("rebalance", "--run-dir", tmp_path)
+        told = run("rebalance", "vm1=0", "vm2=3", "--run-dir", tmp_path)
+        as_json = run("rebalance", "--run-dir", tmp_path, "--json")
+        refused = run("rebalance", "vm1", "--run-dir", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    for words in ("80.0 %", "40.9 %", "expected", "guest vm1: from worker 0 to 1"):
+        assert words in result.stdout
+    assert told.stdout == "nothing was moved\n"
+    assert json.loads(as_json.stdout) == measured
+    assert (refused.exit_code, "is not GUEST=WORKER" in refused.stderr) == (2, True)
+    assert asked == [{"move": {}}, {"move": {"vm1": 0, "vm2": 3}}, {"move": {}}]
