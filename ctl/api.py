@@ -8,9 +8,12 @@ One request a line, one answer a line, any number of them a connection, answered
     {"error": {"kind": "ConfigError", "message": "...", "exit_code": 2}}
 
 Methods: status, stats, guest-add {spec}, guest-set {name, set: {KEY: VALUE}}, guest-rm {name}, guest-list, down; where
-the data plane serves guests, rebalance {move: {GUEST: WORKER}}.
-A line that is no request, or longer than MAX_LINE bytes, is answered with an error and ends the connection; everything
-else keeps it.
+the data plane serves guests, rebalance {move: {GUEST: WORKER}}, capture-start {port, buffer, snaplen, pid} and
+capture-stop {port}. A line that is no request, or longer than MAX_LINE bytes, is answered with an error and ends the
+connection; everything else keeps it.
+
+The answer of capture-start comes with a descriptor (SCM_RIGHTS), and what it stands for ends with the connection: when
+the client is gone, however it ended, the daemon learns of it at once.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import msgspec
 
@@ -36,6 +41,19 @@ CLIENT_TIMEOUT = 30.0
 
 Params = Mapping[str, Any]
 Handler = Callable[[Params], Awaitable[Any]]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A handler's answer that comes with a descriptor, and lasts until `end`: called once, when the connection is over.
+
+    The server closes `fd` when it has been sent.
+    """
+
+    result: Any
+    fd: int
+    end: Callable[[], None]
+
 
 _KINDS: Mapping[str, type[XdpvhostError]] = {
     kind.__name__: kind for kind in (ConfigError, NicError, PrivilegeError, DatapathError, DaemonError)
@@ -142,19 +160,24 @@ class ApiServer:
             writer.close()
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            try:
-                line = await reader.readline()
-            except ValueError:
-                reply, go_on = _refuse(ConfigError(f"api request: a line has at most {MAX_LINE} bytes")), False
-            else:
-                if not line:
+        with contextlib.ExitStack() as held:
+            while True:
+                try:
+                    line = await reader.readline()
+                except ValueError:
+                    reply, go_on = _refuse(ConfigError(f"api request: a line has at most {MAX_LINE} bytes")), False
+                else:
+                    if not line:
+                        return
+                    reply, go_on = await self._answer(line)
+                if isinstance(reply.result, Held):
+                    held.callback(reply.result.end)
+                    _send_held(writer, reply.result)
+                else:
+                    writer.write(_encode(reply) + b"\n")
+                    await writer.drain()
+                if not go_on:
                     return
-                reply, go_on = await self._answer(line)
-            writer.write(_encode(reply) + b"\n")
-            await writer.drain()
-            if not go_on:
-                return
 
     async def _answer(self, line: bytes) -> tuple[Reply, bool]:
         try:
@@ -174,10 +197,120 @@ class ApiServer:
             return _refuse(exc), True
 
 
+def _send_held(writer: asyncio.StreamWriter, held: Held) -> None:
+    """Past the transport, which can't send descriptors: so only to a client that has read its last answer."""
+    try:
+        if writer.transport.get_write_buffer_size():
+            raise ConnectionError("the client does not read")
+        with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as connection:
+            line = _encode(Reply(result=held.result)) + b"\n"
+            if socket.send_fds(connection, [line], [held.fd]) != len(line):
+                raise ConnectionError("the client does not read")
+    except BlockingIOError as exc:
+        raise ConnectionError("the client does not read") from exc
+    finally:
+        os.close(held.fd)
+
+
 def _encode(reply: Reply) -> bytes:
     if reply.error is None:
         return msgspec.json.encode({"result": reply.result})
     return msgspec.json.encode({"error": reply.error})
+
+
+class Session:
+    """One connection to the daemon of `run_dir`, for requests one after the other.
+
+    Raises DaemonError when none is running there, also when it ends in between.
+    """
+
+    def __init__(self, run_dir: Path, timeout: float = CLIENT_TIMEOUT) -> None:
+        self._run_dir = run_dir
+        self._path = path = run_dir / API_SOCKET
+        self._timeout = timeout
+        self._unread = b""
+        self._fds: list[int] = []
+        if len(str(path).encode()) > MAX_SOCKET_PATH:
+            raise ConfigError(f"{path} is too long for a unix socket; give a shorter --run-dir")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.settimeout(timeout)
+            self._socket.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError) as exc:
+            self.close()
+            raise DaemonError(
+                f"no xdpvhost daemon is running in {run_dir}; start one with `xdpvhost up`, or name its --run-dir"
+            ) from exc
+        except PermissionError as exc:
+            self.close()
+            raise DaemonError(f"may not use {path}; it is its owner's, run this as root or with sudo") from exc
+        except TimeoutError as exc:
+            self.close()
+            raise SilentError(f"the daemon of {run_dir} took no connection in {timeout:g} s; see its log") from exc
+        except OSError as exc:
+            self.close()
+            raise DaemonError(f"cannot talk to the daemon on {path}: {exc}; see its log") from exc
+
+    def close(self) -> None:
+        """End the connection, and with it what was only for its time. Idempotent."""
+        self._socket.close()
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _t: type[BaseException] | None, _e: BaseException | None, _tb: TracebackType | None) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """Readable between requests: the daemon is gone."""
+        return self._socket.fileno()
+
+    def take_fd(self) -> int:
+        """The descriptor that came with an answer; the caller's from now on."""
+        return self._fds.pop(0)
+
+    def call(self, method: str, params: Params | None = None) -> Any:
+        """The daemon's result, or whatever error it answered, as its own class."""
+        line = msgspec.json.encode({"method": method, "params": dict(params or {})}) + b"\n"
+        try:
+            self._socket.sendall(line)
+            answer = self._read_line()
+        except TimeoutError as exc:
+            raise SilentError(
+                f"the daemon of {self._run_dir} did not answer {method} in {self._timeout:g} s; see its log"
+            ) from exc
+        except OSError as exc:
+            raise DaemonError(f"cannot talk to the daemon on {self._path}: {exc}; see its log") from exc
+        if not answer:
+            raise DaemonError(f"the daemon of {self._run_dir} ended before it answered {method}; see its log")
+        try:
+            reply = msgspec.json.decode(answer, type=Reply)
+        except msgspec.DecodeError as exc:
+            raise DaemonError(
+                f"the daemon on {self._path} answered {method} with no JSON: {exc}; is it xdpvhost's?"
+            ) from exc
+        if reply.error is None:
+            return reply.result
+        if reply.error.kind == "DatapathError":
+            raise DatapathError(reply.error.message)
+        kind = _KINDS.get(reply.error.kind)
+        if kind is None:
+            raise DaemonError(f"the daemon failed at {method}: {reply.error.message}; see its log")
+        raise kind(reply.error.message)
+
+    def _read_line(self) -> bytes:
+        """One answer; what there was when the connection ended before it did."""
+        parts = [self._unread]
+        while b"\n" not in parts[-1]:
+            data, fds, _flags, _address = socket.recv_fds(self._socket, MAX_LINE, 1, socket.MSG_CMSG_CLOEXEC)
+            self._fds += fds
+            if not data:
+                break
+            parts.append(data)
+        line, _, self._unread = b"".join(parts).partition(b"\n")
+        return line
 
 
 def call(run_dir: Path, method: str, params: Params | None = None, timeout: float = CLIENT_TIMEOUT) -> Any:
@@ -185,37 +318,5 @@ def call(run_dir: Path, method: str, params: Params | None = None, timeout: floa
 
     Raises DaemonError when none is running there, and whatever error the daemon answered, as its own class.
     """
-    path = run_dir / API_SOCKET
-    if len(str(path).encode()) > MAX_SOCKET_PATH:
-        raise ConfigError(f"{path} is too long for a unix socket; give a shorter --run-dir")
-    line = msgspec.json.encode({"method": method, "params": dict(params or {})}) + b"\n"
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(timeout)
-            connection.connect(str(path))
-            connection.sendall(line)
-            answer = connection.makefile("rb").readline()
-    except (FileNotFoundError, ConnectionRefusedError) as exc:
-        raise DaemonError(
-            f"no xdpvhost daemon is running in {run_dir}; start one with `xdpvhost up`, or name its --run-dir"
-        ) from exc
-    except PermissionError as exc:
-        raise DaemonError(f"may not use {path}; it is its owner's, run this as root or with sudo") from exc
-    except TimeoutError as exc:
-        raise SilentError(f"the daemon of {run_dir} did not answer {method} in {timeout:g} s; see its log") from exc
-    except OSError as exc:
-        raise DaemonError(f"cannot talk to the daemon on {path}: {exc}; see its log") from exc
-    if not answer:
-        raise DaemonError(f"the daemon of {run_dir} ended before it answered {method}; see its log")
-    try:
-        reply = msgspec.json.decode(answer, type=Reply)
-    except msgspec.DecodeError as exc:
-        raise DaemonError(f"the daemon on {path} answered {method} with no JSON: {exc}; is it xdpvhost's?") from exc
-    if reply.error is None:
-        return reply.result
-    if reply.error.kind == "DatapathError":
-        raise DatapathError(reply.error.message)
-    kind = _KINDS.get(reply.error.kind)
-    if kind is None:
-        raise DaemonError(f"the daemon failed at {method}: {reply.error.message}; see its log")
-    raise kind(reply.error.message)
+    with Session(run_dir, timeout) as session:
+        return session.call(method, params)

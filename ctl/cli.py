@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 import msgspec
@@ -32,6 +32,7 @@ Exit codes:
   4  a capability is missing; the message names it
   5  the data plane library
   6  no daemon where one is needed, or one where none may be
+  7  the output could not be written: a full disk
 """
 
 
@@ -385,6 +386,72 @@ def trace_drops(run_dir: Path, as_json: bool, seconds: float | None) -> None:
     from . import trace as tracing
 
     tracing.drops(lambda: api.call(run_dir, "status", timeout=TRACE_TIMEOUT), as_json=as_json, seconds=seconds)
+
+
+@main.command()
+@click.argument("port", metavar="GUEST|IFACE")
+@click.argument("expression", nargs=-1, metavar="[FILTER]")
+@run_dir_option
+@click.option("-w", "output", metavar="FILE", help="Write pcapng there; `-`: to stdout. [default: lines on a terminal]")
+@click.option("-c", "count", type=click.IntRange(1), metavar="COUNT", help="Stop after so many frames.")
+@click.option(
+    "-s",
+    "snaplen",
+    type=click.IntRange(1, 262144),
+    default=262144,
+    show_default=True,
+    metavar="SNAPLEN",
+    help="Bytes to keep of a frame.",
+)
+@click.option(
+    "-Q",
+    "direction",
+    type=click.Choice(["in", "out", "inout"]),
+    default="inout",
+    show_default=True,
+    help="in: to the guest, or from the network; out: the other way.",
+)
+@click.option("--drops", "drops_only", is_flag=True, help="Only frames that were dropped.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Stop after so long; else when interrupted.")
+@click.option(
+    "--buffer",
+    type=click.IntRange(1, 1024),
+    default=8,
+    show_default=True,
+    metavar="MIB",
+    help="Memory between the two.",
+)
+def capture(
+    port: str,
+    expression: tuple[str, ...],
+    run_dir: Path,
+    output: str | None,
+    count: int | None,
+    snaplen: int,
+    direction: Literal["in", "out", "inout"],
+    drops_only: bool,
+    seconds: float | None,
+    buffer: int,
+) -> None:
+    """Capture a port's frames both ways, with why they were dropped.
+
+    GUEST|IFACE is a guest or an interface of the daemon (guest:NAME and iface:NAME where both exist), FILTER a tcpdump
+    expression. What is lost because this command is too slow is counted, and never slows the port.
+    """
+    from .capture import command
+
+    wishes = command.Wishes(
+        port=port,
+        output=output,
+        expression=" ".join(expression),
+        snaplen=snaplen,
+        direction=direction,
+        drops_only=drops_only,
+        count=count or 0,
+        seconds=seconds,
+        buffer=1 << (buffer - 1).bit_length() << 20,
+    )
+    command.run(run_dir, wishes)
 
 
 @main.command()

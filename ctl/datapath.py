@@ -16,7 +16,19 @@ import struct
 import threading
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_int32,
+    c_int64,
+    c_uint8,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -35,6 +47,8 @@ NO_RING = 0xFFFFFFFF
 VLAN_ANY = 0xFFFF
 HOST_PORT = 0x80000000  # in MacEntry.guest, plus a NIC's index: its host port
 MAX_LEARNED = 1024
+CAPTURE_LEAST = 256 << 10  # bytes of a capture's ring
+CAPTURE_IN, CAPTURE_OUT = 1, 2
 POLICY_SPOOF_CHECK, POLICY_ISOLATED, POLICY_IP_CHECK, POLICY_LINK_DOWN = 1, 2, 4, 8
 NICQ_PARTIAL_CSUM = 1
 NICQ_SG = 2
@@ -169,6 +183,7 @@ class GuestConf(Structure):
         ("packet", c_uint64),
         ("features", c_uint64),
         ("policy", c_uint64),
+        ("capture", c_uint64),
         ("nr_rings", c_uint32),
         ("nr_xsks", c_uint32),
         ("ctrl", c_uint32),
@@ -188,6 +203,7 @@ class NicConf(Structure):
         ("host", c_uint64),
         ("host_xsks", c_uint64),
         ("host_packet", c_uint64),
+        ("capture", c_uint64),
         ("nr_queues", c_uint32),
         ("nr_taps", c_uint32),
         ("mtu", c_uint32),
@@ -287,6 +303,31 @@ class PacketCounters(Structure):
     _fields_ = (("packets", c_uint64), ("bytes", c_uint64), ("dropped", c_uint64))
 
 
+class CaptureCounters(Structure):
+    """Of a captured port: frames and bytes that were put into the ring, frames that found it full."""
+
+    _fields_ = (("frames", c_uint64), ("bytes", c_uint64), ("lost", c_uint64))
+
+
+class CapreadConf(Structure):
+    """The reading end: where the ring is mapped, and which frames are wanted."""
+
+    _fields_ = (
+        ("memory", c_uint64),
+        ("size", c_uint64),
+        ("filter", c_uint64),
+        ("program", c_uint64),
+        ("directions", c_uint32),
+        ("drops_only", c_uint32),
+    )
+
+
+class CapreadCounters(Structure):
+    """Frames read, those of them that were wanted, and those that were lost because the ring was full."""
+
+    _fields_ = (("seen", c_uint64), ("taken", c_uint64), ("lost", c_uint64))
+
+
 class WorkerCounters(Structure):
     _fields_ = (
         ("polls_busy", c_uint64),
@@ -350,6 +391,9 @@ MIRROR: Mapping[str, type[Structure]] = {
     "xv_nicq_counters": NicqCounters,
     "xv_tapq_counters": TapqCounters,
     "xv_packet_counters": PacketCounters,
+    "xv_capture_counters": CaptureCounters,
+    "xv_capread_counters": CapreadCounters,
+    "xv_capread_conf": CapreadConf,
     "xv_worker_counters": WorkerCounters,
     "xv_ctrl_state": CtrlState,
     "xv_mac_request": MacRequestConf,
@@ -410,6 +454,15 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "xv_packet_new": (c_int32, (c_int32, POINTER(c_void_p))),
     "xv_packet_free": (None, (c_void_p,)),
     "xv_packet_counters": (POINTER(PacketCounters), (c_void_p,)),
+    "xv_capture_new": (c_int32, (c_void_p, c_uint64, c_uint32, POINTER(c_void_p))),
+    "xv_capture_end": (None, (c_void_p,)),
+    "xv_capture_free": (None, (c_void_p,)),
+    "xv_capture_counters": (POINTER(CaptureCounters), (c_void_p,)),
+    "xv_capread_new": (c_int32, (POINTER(CapreadConf), POINTER(c_void_p))),
+    "xv_capread_free": (None, (c_void_p,)),
+    "xv_capread_blocks": (c_int64, (c_void_p, c_void_p, c_uint64, c_uint64)),
+    "xv_capread_ended": (c_int32, (c_void_p,)),
+    "xv_capread_counters": (POINTER(CapreadCounters), (c_void_p,)),
 }
 
 
@@ -654,6 +707,59 @@ class PacketPort(_Native):
         return counters
 
 
+class Capture(_Native):
+    """The writing end of a capture: workers copy a port's frames to `size` bytes of shared memory at `address`.
+
+    The memory is the caller's, has a page and a power of two of bytes, at least CAPTURE_LEAST, and outlives the object.
+    """
+
+    _free = "xv_capture_free"
+
+    def __init__(self, address: int, size: int, snaplen: int) -> None:
+        handle = c_void_p()
+        _check(library().xv_capture_new(address, size, snaplen, byref(handle)), f"capture of {size} bytes")
+        super().__init__(handle.value or 0)
+
+    def end(self) -> None:
+        """Tell the reader that nothing comes any more. After a publish() that left it out."""
+        library().xv_capture_end(self.handle)
+
+    @property
+    def counters(self) -> CaptureCounters:
+        counters: CaptureCounters = library().xv_capture_counters(self.handle).contents
+        return counters
+
+
+class CaptureReader(_Native):
+    """The reading end, in another process. Raises DatapathError (EPROTO) when the writer is of another version."""
+
+    _free = "xv_capread_free"
+
+    def __init__(self, conf: CapreadConf) -> None:
+        handle = c_void_p()
+        _check(library().xv_capread_new(byref(conf), byref(handle)), "the daemon's capture")
+        super().__init__(handle.value or 0)
+
+    def blocks(self, buffer: ctypes.Array[Any], frames: int) -> int:
+        """Put up to `frames` wanted frames into `buffer` as blocks of pcapng; the bytes that they take.
+
+        0: there is none yet. The buffer has room for the largest frame, 70000 bytes.
+        """
+        done: int = library().xv_capread_blocks(self.handle, buffer, len(buffer), frames)
+        _check(min(done, 0), "the daemon's capture")
+        return done
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing comes after what is there."""
+        return bool(library().xv_capread_ended(self.handle))
+
+    @property
+    def counters(self) -> CapreadCounters:
+        counters: CapreadCounters = library().xv_capread_counters(self.handle).contents
+        return counters
+
+
 @dataclass
 class GuestState:
     """One guest as it is published: rings by vring index (even: towards the guest).
@@ -673,6 +779,7 @@ class GuestState:
     features: int = 0
     ctrl: int | None = None
     policy: Policy | None = None
+    capture: Capture | None = None
 
 
 @dataclass
@@ -689,6 +796,7 @@ class NicState:
     host: Tapq | None = None
     host_xsks: Sequence[Xsk] = ()
     host_packet: PacketPort | None = None
+    capture: Capture | None = None
 
 
 @dataclass(frozen=True)
@@ -962,6 +1070,7 @@ class Datapath:
                 state.packet.handle if state.packet else 0,
                 state.features,
                 self._policy(state.policy, policies) if state.policy is not None else 0,
+                state.capture.handle if state.capture else 0,
                 nr_rings,
                 nr_xsks,
                 NO_RING if state.ctrl is None else state.ctrl,
@@ -988,6 +1097,7 @@ class Datapath:
             keep.append(host_xsks)
             nic_conf.host_xsks, nic_conf.nr_host_xsks = ctypes.addressof(host_xsks), len(nic.host_xsks)
             nic_conf.host_packet = nic.host_packet.handle if nic.host_packet else 0
+            nic_conf.capture = nic.capture.handle if nic.capture else 0
         if not isinstance(macs, bytes):
             macs = b"".join([_MAC_CONF.pack(entry.mac, entry.vlan, entry.guest) for entry in macs])
         conf_all = SnapshotConf(

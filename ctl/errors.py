@@ -50,3 +50,9 @@ class DaemonError(XdpvhostError):
 
 class SilentError(DaemonError):
     """The daemon is there and does not answer."""
+
+
+class OutputError(XdpvhostError):
+    """A file or pipe that the command writes to took no more: a full disk, an input/output error."""
+
+    exit_code = 7

@@ -21,6 +21,7 @@ import msgspec
 
 from . import assignment, placement, privileges
 from .api import numbers_param
+from .capture.ports import Captures
 from .config import GuestSpec, UpConfig, change_guest, check_new_guest, format_guest, format_mac
 from .datapath import DROP_NAMES, FAULT_CALL_BLOCKED, Datapath
 from .describe import describe_port
@@ -39,7 +40,7 @@ from .virtio import feature_names
 from .xdp.nic import Nic, NicOptions
 
 if TYPE_CHECKING:
-    from .api import Handler, Params
+    from .api import Handler, Held, Params
     from .hostport import HostPort
     from .metrics.declared import Sample
     from .nicport import NicPort
@@ -70,6 +71,7 @@ class XdpService:
         self._pause: asyncio.TimerHandle | None = None  # until the data plane's next event is looked at
         self._dp: Datapath
         self._switch: Switch
+        self._captures: Captures
         self._counters: Counters | None = None
         self._coming: list[GuestSpec] = []  # configured, and not yet added
         self._rebalancing = asyncio.Lock()
@@ -97,6 +99,8 @@ class XdpService:
         dp.start()
         self._counters = Counters(dp, switch)
         stack.callback(self._counters.close)
+        self._captures = Captures(switch, self._counters.lock)
+        stack.callback(self._captures.close)
 
         stack.push_async_callback(self._end_sessions)
         self._coming = list(config.guests)
@@ -204,6 +208,7 @@ class XdpService:
                 raise no_such_guest(name, self.guests)
             description = describe_guest(entry)
             await self._end_session(name)
+            self._captures.end_guest(entry)
             assert self._counters is not None
             with self._counters.lock:
                 self._switch.remove_guest(name)
@@ -305,6 +310,7 @@ class XdpService:
                 | {"assignment": assignment.of_queues(index, nic, entries, self._config.workers)}
                 for index, nic in enumerate(self._switch.nics)
             ],
+            "captures": self._captures.describe(),
         }
 
     def describe_guests(self) -> list[dict[str, Any]]:
@@ -317,7 +323,11 @@ class XdpService:
         return self._counters.read() if self._counters is not None else []
 
     def handlers(self) -> Mapping[str, Handler]:
-        return {"rebalance": self._api_rebalance}
+        return {
+            "rebalance": self._api_rebalance,
+            "capture-start": self._api_capture_start,
+            "capture-stop": self._api_capture_stop,
+        }
 
     async def _api_rebalance(self, params: Params) -> dict[str, Any]:
         wanted = numbers_param(params, "move")
@@ -375,6 +385,12 @@ class XdpService:
         for entry, (old, new) in moves.items():
             log.info("guest %r: from worker %d to %d", entry.name, old, new)
         return [{"guest": entry.name, "from": old, "to": new} for entry, (old, new) in moves.items()]
+
+    async def _api_capture_start(self, params: Params) -> Held:
+        return self._captures.start(params)
+
+    async def _api_capture_stop(self, params: Params) -> Mapping[str, Any]:
+        return self._captures.stop(params)
 
 
 def _spec_words(spec: GuestSpec) -> tuple[str, str, int, str, str]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import datapath, guest_state
 from .addresses import check_addresses
+from .capture.ports import PortCapture
 from .config import format_mac
 from .datapath import (
     Addresses,
@@ -237,6 +238,7 @@ class Switch:
         self.guests: dict[str, GuestEntry] = {}
         self.nics: list[NicPort] = []
         self.hosts: dict[NicPort, HostPort] = {}
+        self._captures: dict[GuestEntry | NicPort, PortCapture] = {}
         self._new_mtus: set[NicPort] = set()  # with an MTU that the workers and guests don't know yet
 
     def add_nic(self, nic: NicPort) -> int:
@@ -303,6 +305,7 @@ class Switch:
                 raise
         entry.nic.remove_guest(entry.slot)
         entry.port.close()
+        self._captures.pop(entry, None)
 
     def _free_slot(self, *, from_end: bool = False) -> int:
         taken = {entry.slot for entry in self.guests.values()} | {host.slot for host in self.hosts.values()}
@@ -328,10 +331,13 @@ class Switch:
                     features=entry.features,
                     ctrl=entry.ctrl,
                     policy=entry.place.policy,
+                    capture=self.captured(entry).native,
                 )
             )
         macs = b"".join([entry.place.packed(index) for index, entry in enumerate(self.guests.values())])
-        nics = [NicState(nic.queues, nic.mcast, nic.mtu, nic.taps) for nic in self.nics]
+        nics = [
+            NicState(nic.queues, nic.mcast, nic.mtu, nic.taps, capture=self.captured(nic).native) for nic in self.nics
+        ]
         for index, nic in enumerate(self.nics):
             if host := self.hosts.get(nic):
                 nics[index] = replace(nics[index], host=host.tapq, host_xsks=host.xsks, host_packet=host.packet)
@@ -352,6 +358,10 @@ class Switch:
             for entry, worker in before.items():
                 entry.worker = worker
             raise
+
+    def captured(self, port: GuestEntry | NicPort) -> PortCapture:
+        """What is captured of a guest or of a NIC; ctl/capture/ports.py changes it."""
+        return self._captures.setdefault(port, PortCapture())
 
     # ---- what guests ask for
 

@@ -16,6 +16,8 @@ from .spec_values import write_rate, write_size
 PLAIN_WIDTH = 160  # of a table that goes into a file or pipe
 ASKED = {"xdp": "XDP mode", "bind": "AF_XDP bind"}  # names of facts that come as KEY_asked and KEY_in_use
 
+CAPTURE_COLUMNS = ("kind", "port", "pid", "seconds", "snaplen", "buffer", "captured", "lost")
+
 Counter = Mapping[str, Any]
 
 
@@ -195,6 +197,9 @@ def status_view(status: Mapping[str, Any]) -> Group:
     for guest in status["guests"]:
         if "device" in guest:
             parts += _device_facts(guest)
+    if captures := status.get("captures"):
+        rows = [[item[key] for key in CAPTURE_COLUMNS] for item in captures]
+        parts.append(table("captures", CAPTURE_COLUMNS, rows, right=2))
     served = [g for g in status["guests"] if g.get("connected") and "features" in g]
     features = [(g["name"], g["features"], " ".join(g["feature_names"])) for g in served]
     if features:

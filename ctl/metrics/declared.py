@@ -265,6 +265,19 @@ GUEST_PROTOCOL_ERRORS = Metric(
     ("guest", "reason"),
     "Connections ended because the front-end broke the vhost-user protocol, or its rings or memory the virtio rules.",
 )
+CAPTURE_FRAMES = Metric(
+    "xdpvhost_capture_frames_total",
+    "counter",
+    ("guest", "iface"),
+    "Frames of a guest (iface is empty) or an interface (guest is empty) that were copied for `xdpvhost capture`.",
+)
+CAPTURE_LOST = Metric(
+    "xdpvhost_capture_lost_total",
+    "counter",
+    ("guest", "iface"),
+    "Frames that a capture lost, as its buffer was full or it took more than its share of a worker's time. They went "
+    "their way all the same.",
+)
 
 WORKER_POLLS = Metric(
     "xdpvhost_worker_polls_total",
@@ -348,6 +361,8 @@ METRICS: tuple[Metric, ...] = (
     GUEST_RECONNECTS,
     GUEST_MESSAGES,
     GUEST_PROTOCOL_ERRORS,
+    CAPTURE_FRAMES,
+    CAPTURE_LOST,
     WORKER_POLLS,
     WORKER_SLEEPS,
     WORKER_WAKEUPS,

@@ -22,6 +22,7 @@ from . import declared as m
 from .declared import Sample
 
 if TYPE_CHECKING:
+    from ..capture.ports import PortCapture
     from ..datapath import Datapath
     from ..hostport import HostPort
     from ..nicport import NicPort
@@ -52,8 +53,10 @@ class Counters:
         guests = list(self._switch.guests.values())
         for nic in self._switch.nics:
             yield from _nic_samples(nic, self._switch.hosts.get(nic), guests)
+            yield from _capture_samples(("", nic.iface), self._switch.captured(nic))
         for guest in guests:
             yield from _guest_samples(guest)
+            yield from _capture_samples((guest.name, ""), self._switch.captured(guest))
         for worker in range(self._dp.workers):
             yield from _worker_samples(self._dp, worker)
 
@@ -168,6 +171,11 @@ def _ring_samples(ring: tuple[str, str], direction: str, counters: RxCounters | 
     yield Sample(m.GUEST_CALLS_FAILED, labels, counters.calls_failed)
     for reason, count in zip(DROP_NAMES, counters.drops, strict=True):
         yield Sample(m.GUEST_DROPS, (*labels, reason), count)
+
+
+def _capture_samples(port: tuple[str, str], captured: PortCapture) -> Iterator[Sample]:
+    yield Sample(m.CAPTURE_FRAMES, port, captured.total_frames)
+    yield Sample(m.CAPTURE_LOST, port, captured.total_lost)
 
 
 def _worker_samples(dp: Datapath, index: int) -> Iterator[Sample]:

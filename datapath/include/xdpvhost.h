@@ -30,6 +30,7 @@
 #define XV_HOST_PORT 0x80000000u /* in xv_mac_conf.guest */
 #define XV_MAX_LEARNED 1024u   /* of one guest */
 #define XV_MAX_ADDRESSES 64u   /* IP addresses of one guest */
+#define XV_CAPTURE_LEAST (256u << 10) /* bytes of a capture's ring: it holds some of the largest frames */
 #define XV_VLAN_ANY 0xffffu    /* in xv_mac_conf.vlan: every tagged frame for this MAC, whatever its VLAN */
 
 /* How a worker waits for work. */
@@ -93,6 +94,8 @@ struct xv_nicq;  /* one NIC queue: UMEM, fill, completion and TX ring */
 struct xv_xsk;   /* one guest's receiving AF_XDP socket on one NIC queue */
 struct xv_tapq;  /* one queue of a tap: the way to the network, as NIC queues are */
 struct xv_packet; /* packet socket that hears a NIC's broadcast and multicast, or one guest's frames */
+struct xv_capture; /* copies a port's frames for another process to read */
+struct xv_capread; /* that process's end of it */
 
 struct xv_dp_conf {
 	uint32_t workers;
@@ -207,6 +210,7 @@ struct xv_guest_conf {
 	uint64_t packet;   /* struct xv_packet *: where they arrive without XDP, or 0 */
 	uint64_t features; /* negotiated virtio features, 0 when no front-end is connected */
 	uint64_t policy;   /* struct xv_policy_conf *, or 0: untagged and every VLAN, nothing checked, no limit */
+	uint64_t capture;  /* struct xv_capture * that its frames are copied to, or 0 */
 	uint32_t nr_rings, nr_xsks;
 	uint32_t ctrl;     /* vring index of the control virtqueue, XV_NO_RING when the front-end has it */
 	uint32_t nic;      /* index of its uplink in xv_snapshot_conf.nics */
@@ -223,6 +227,7 @@ struct xv_nic_conf {
 	uint64_t host;   /* struct xv_tapq *: the host's own port among the guests of this NIC, or 0 */
 	uint64_t host_xsks; /* struct xv_xsk *[nr_host_xsks]: where frames from the NIC for that port's address arrive */
 	uint64_t host_packet; /* struct xv_packet *: where they arrive without XDP, or 0 */
+	uint64_t capture; /* struct xv_capture * that the guests' frames from and to it are copied to, or 0 */
 	uint32_t nr_queues, nr_taps;
 	uint32_t mtu;    /* of the device, in bytes after the Ethernet header and tags */
 	uint32_t nr_host_xsks; /* 0 without a host port; its socket i is on worker (nic's index + i) % workers */
@@ -293,6 +298,17 @@ struct xv_packet_counters {
 	uint64_t packets, bytes;
 	uint64_t dropped; /* too long, too short, or not what their virtio-net header says */
 } __attribute__((aligned(64)));
+
+struct xv_capture_counters { /* added to atomically by every worker */
+	uint64_t frames, bytes; /* in the ring: frames, and bytes kept of them */
+	uint64_t lost;          /* frames that found it full, or a worker that has spent its share of time */
+} __attribute__((aligned(64)));
+
+struct xv_capread_counters {
+	uint64_t seen;  /* frames read */
+	uint64_t taken; /* of those, what filter and conf let through */
+	uint64_t lost;  /* as the writers said when blocks were asked for last */
+};
 
 struct xv_worker_counters {
 	uint64_t polls_busy, polls_idle; /* loop turns that moved frames, and that found none */
@@ -411,5 +427,37 @@ XV_API const struct xv_tapq_counters *xv_tapq_counters(const struct xv_tapq *tap
 XV_API int xv_packet_new(int fd, struct xv_packet **out); /* AF_PACKET socket, PACKET_VNET_HDR and PACKET_AUXDATA on */
 XV_API void xv_packet_free(struct xv_packet *packet);
 XV_API const struct xv_packet_counters *xv_packet_counters(const struct xv_packet *packet);
+
+/* ---- captures ---- */
+/*
+ * `memory`: `size` bytes, a page and a power of two, at a page's address, shared with the process that reads, which can't make
+ * them go away (a sealed memfd). Of each frame `snaplen` bytes are kept. -EINVAL, -ENOMEM, -EIO
+ */
+XV_API int xv_capture_new(void *memory, uint64_t size, uint32_t snaplen, struct xv_capture **out);
+XV_API void xv_capture_end(struct xv_capture *capture); /* no port publishes it any more: tell the reader */
+XV_API void xv_capture_free(struct xv_capture *capture); /* the memory stays the caller's */
+XV_API const struct xv_capture_counters *xv_capture_counters(const struct xv_capture *capture);
+
+#define XV_CAPTURE_IN 1u  /* to the guest; at a NIC, from the network */
+#define XV_CAPTURE_OUT 2u /* from the guest; at a NIC, to the network */
+
+struct xv_capread_conf {
+	uint64_t memory, size; /* of xv_capture_new(), as this process has it mapped */
+	uint64_t filter;       /* address of libpcap's bpf_filter(), or 0 */
+	uint64_t program;      /* struct bpf_insn *, for it */
+	uint32_t directions;   /* XV_CAPTURE_* */
+	uint32_t drops_only;   /* 1: only frames that were dropped */
+};
+
+/* -EINVAL; -EPROTO: the writer is of another version, or there is none */
+XV_API int xv_capread_new(const struct xv_capread_conf *conf, struct xv_capread **out);
+XV_API void xv_capread_free(struct xv_capread *reader);
+/*
+ * Read up to `frames` wanted frames and write each as an Enhanced Packet Block of pcapng to out[0..room): bytes written, 0 when
+ * there is none yet, or no room: 70000 bytes are enough for any. -EBADMSG: the ring is damaged
+ */
+XV_API int64_t xv_capread_blocks(struct xv_capread *reader, void *out, uint64_t room, uint64_t frames);
+XV_API int xv_capread_ended(const struct xv_capread *reader); /* whether nothing comes after what is there */
+XV_API const struct xv_capread_counters *xv_capread_counters(const struct xv_capread *reader);
 
 #endif

@@ -88,6 +88,8 @@ int xv_dp_new(const struct xv_dp_conf *conf, struct xv_dp **out)
 		dp->workers[i].wake_fd = dp->workers[i].epfd = -1;
 	dp->generation = 1;
 	dp->cycles_per_us = measure_cycles_per_us();
+	for (uint32_t i = 0; i < conf->workers; i++)
+		dp->workers[i].calls.capture.most = (int64_t)(CAPTURE_AT_ONCE_US * dp->cycles_per_us);
 	dp->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	result = dp->event_fd < 0 ? -errno : snapshot_new(&nothing, conf->workers, &dp->snap);
 	for (uint32_t i = 0; !result && i < conf->workers; i++)

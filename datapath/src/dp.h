@@ -42,6 +42,7 @@ struct worker {
 	struct dirty dirty;
 	struct burst_chains chains;
 	struct xv_burst burst;
+	struct xv_view sent[XV_BURST]; /* a captured guest's burst, as it sent it */
 	struct xv_worker_counters counters;
 };
 

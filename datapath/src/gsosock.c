@@ -65,6 +65,7 @@ bool nicq_tx_gso(struct xv_nicq *nicq, const struct xv_view *view, uint32_t max_
 	case ENXIO:
 	case ENOMEM:
 		count(drops[XV_DROP_NO_FRAMES], 1);
+		view_tx_dropped(view, XV_DROP_NO_FRAMES);
 		return true;
 	default: /* EINVAL, a type that this kernel does not know; EFAULT, memory that is gone: cutting will find out */
 		return false;

@@ -196,6 +196,7 @@ static inline always_inline uint32_t judge_all(const struct snapshot *snap, cons
 		why = judge(snap, from, policy, view, more);
 		if (unlikely(why != XV_DROP_MAX)) {
 			view->flags |= VIEW_REFUSED;
+			view_tx_dropped(view, why);
 			count(from->drops[why], 1);
 			refused++;
 		}

@@ -11,6 +11,7 @@
 
 #include <linux/if_xdp.h>
 
+#include "capture.h"
 #include "gso.h"
 #include "ipguard.h"
 #include "vring.h"
@@ -29,6 +30,7 @@ struct ingress_room {
 
 struct call_ctx { /* what a worker lends to whoever delivers to guests */
 	const struct xv_vring *calling; /* being written to right now; the watchdog looks at it */
+	struct capture_share capture;   /* of its time, for captures */
 	struct gso_room room;           /* for frames cut on the way, or joined before it */
 	struct ingress_room ingress;
 	bool unjoin; /* the first view not taken is a joined one, and is to come again as the frames it is made of */
@@ -123,6 +125,8 @@ uint32_t xsk_rx_burst(struct xv_xsk *xsk, struct xv_burst *burst);
 void xsk_rx_release(struct xv_xsk *xsk, uint32_t n);
 /* Throw the oldest frames away until at most `keep` pieces wait; answers how many frames. */
 uint32_t xsk_rx_trim(struct xv_xsk *xsk);
+/* How many frames xsk_rx_trim() would throw away. */
+uint32_t xsk_rx_excess(const struct xv_xsk *xsk);
 /* Pieces that wait in the ring: as many frames, where a frame has but one. */
 uint32_t xsk_backlog(const struct xv_xsk *xsk);
 /* Copy frames into UMEM and queue them; how many. Those that cannot be sent are counted in `drops` of their sender. */

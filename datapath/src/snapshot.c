@@ -105,6 +105,7 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 	port->guest = (struct xv_guest *)(uintptr_t)conf->guest;
 	port->nic = conf->nic;
 	port->worker = conf->worker;
+	port->capture = (struct xv_capture *)(uintptr_t)conf->capture;
 	port->own_ctrl = conf->ctrl != XV_NO_RING;
 	port->rules = rules_of(conf);
 	if (!port->guest || !conf->max_pairs || conf->max_pairs > port->guest->max_pairs ||
@@ -219,6 +220,7 @@ static int add_nics(struct snapshot *snap, const struct xv_snapshot_conf *conf)
 			return result;
 		nic->nr_queues = confs[i].nr_queues;
 		nic->max_len = confs[i].mtu + 14;
+		nic->capture = (struct xv_capture *)(uintptr_t)confs[i].capture;
 		nic->mcast = (struct xv_packet *)(uintptr_t)confs[i].mcast;
 		nic->queues = calloc(MAX(nic->nr_queues, 1u), sizeof(nic->queues[0]));
 		if (!nic->queues)

@@ -25,6 +25,7 @@ struct port { /* a guest */
 	uint32_t rules;       /* what of its rx_rules counts: FILTER_BY_*, PORT_HASHES */
 	uint64_t mac;         /* filter_word() of its first address, 0: it has none */
 	struct policy *policy; /* NULL: nothing is checked */
+	struct xv_capture *capture; /* its frames are copied there, NULL: nobody looks */
 	bool gated;           /* what goes to it is looked at: it has only some VLANs, or is switched off */
 	bool judged;          /* what comes from it is looked at: ingress.c */
 	struct learned *learned; /* addresses that it has learned, NULL: it may not */
@@ -41,6 +42,7 @@ struct nic {
 	struct xv_tapq **taps;
 	uint32_t nr_taps;
 	struct xv_tapq *host; /* the host's own port among the guests, or NULL */
+	struct xv_capture *capture; /* the guests' frames from and to it are copied there, or NULL */
 };
 
 struct mac_entry {

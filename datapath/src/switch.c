@@ -86,6 +86,28 @@ void switch_drop_stalled(struct xv_vring *stalled, uint32_t n)
 		drop_rx(stalled->queue, XV_DROP_NO_BUFFERS, n);
 }
 
+void switch_give_up(const struct snapshot *snap, struct xv_vring *stalled, const struct xv_burst *burst, uint32_t done,
+		    struct call_ctx *ctx)
+{
+	const struct xv_view *rest = burst->views + done;
+
+	if (done == burst->nr)
+		return;
+	drop_rx(stalled->queue, XV_DROP_NO_BUFFERS, burst->nr - done);
+	if (unlikely(snap->ports[rest->to].capture))
+		capture_row(snap->ports[rest->to].capture, &ctx->capture, rest, burst->nr - done, CAPTURE_TO,
+			    stalled->index / 2, XV_DROP_NO_BUFFERS);
+}
+
+/* The same of views for one port that can't wait. */
+static void give_up(const struct port *port, struct xv_vring *stalled, const struct xv_view *const *views, uint32_t n,
+		    struct call_ctx *ctx)
+{
+	switch_drop_stalled(stalled, n);
+	if (unlikely(port->capture))
+		capture_views(port->capture, &ctx->capture, views, n, CAPTURE_TO, stalled->index / 2, XV_DROP_NO_BUFFERS);
+}
+
 uint32_t switch_joins(const struct port *port)
 {
 	return port->join & load_once(&port->guest->offloads);
@@ -112,6 +134,7 @@ static void cut_to_guest(struct xv_vring *vr, const struct xv_view *view, struct
 		done = guest_tx_burst(vr, ctx->room.list, n, ctx);
 		if (done < n) {
 			switch_drop_stalled(vr, n - done + gso_cut_left(&cut));
+			view_rx_dropped(view, XV_DROP_NO_BUFFERS);
 			return;
 		}
 	}
@@ -155,6 +178,7 @@ static uint32_t to_pair(const struct port *port, uint32_t hint, const struct xv_
 
 	if (unlikely(!vr)) {
 		drop_to_pair(port, hint, XV_DROP_NOT_CONNECTED, frames_of(views, n));
+		views_rx_dropped(views, n, XV_DROP_NOT_CONNECTED);
 		return n;
 	}
 	done = to_ring(vr, views, n, ctx);
@@ -184,7 +208,7 @@ static void one_by_one(const struct port *port, struct xv_vring *vr, const struc
 		       struct call_ctx *ctx)
 {
 	const struct xv_view *views[XV_BURST];
-	uint32_t n = 0;
+	uint32_t n = 0, taken;
 
 	for (uint32_t bytes = joined->hdr_len; bytes < joined->len; bytes += joined->parts[n++].len)
 		views[n] = joined->parts[n].view;
@@ -193,7 +217,10 @@ static void one_by_one(const struct port *port, struct xv_vring *vr, const struc
 			tag_pop((struct xv_view *)(uintptr_t)views[i]);
 	hash_views(rss, views, n);
 	ctx->unjoin = false;
-	switch_drop_stalled(vr, n - to_ring(vr, views, n, ctx));
+	taken = to_ring(vr, views, n, ctx);
+	switch_drop_stalled(vr, n - taken);
+	if (taken < n)
+		view_rx_dropped(joined, XV_DROP_NO_BUFFERS);
 }
 
 /* Each frame into the queue that the guest's table names. Where that is several, what one can't take now is dropped. */
@@ -218,6 +245,7 @@ static uint32_t by_table(const struct port *port, const struct rss *rss, const s
 		nr_left = others;
 		if (unlikely(!vr)) {
 			drop_to_pair(port, pair, XV_DROP_NOT_CONNECTED, frames_of(mine, nr));
+			views_rx_dropped(mine, nr, XV_DROP_NOT_CONNECTED);
 			continue;
 		}
 		taken = to_ring(vr, mine, nr, ctx);
@@ -231,6 +259,7 @@ static uint32_t by_table(const struct port *port, const struct rss *rss, const s
 			taken += to_ring(vr, mine + taken, nr - taken, ctx);
 		}
 		switch_drop_stalled(vr, frames_of(mine + taken, nr - taken));
+		views_rx_dropped(mine + taken, nr - taken, XV_DROP_NO_BUFFERS);
 	}
 	return n;
 }
@@ -274,8 +303,10 @@ static uint32_t by_rules(const struct port *port, uint32_t hint, const struct xv
 	uint32_t at[XV_BURST + 1], nr = 0, may = 0, done = 0;
 
 	for (uint32_t i = 0; i < n; i++) {
-		if (parts && !wants(&rules->filter, views[i], parts))
+		if (parts && !wants(&rules->filter, views[i], parts)) {
+			view_rx_dropped(views[i], XV_DROP_FILTERED);
 			continue;
+		}
 		at[nr] = i;
 		wanted[nr++] = views[i];
 	}
@@ -291,6 +322,7 @@ static uint32_t by_rules(const struct port *port, uint32_t hint, const struct xv
 		give_rx(port->rx_rate, wanted + done, may - done);
 	if (unlikely(done == may && may < nr)) {
 		drop_to_pair(port, hint, XV_DROP_RATE, frames_of(wanted + may, nr - may));
+		views_rx_dropped(wanted + may, nr - may, XV_DROP_RATE);
 		done = nr;
 	}
 	if (at[done] > done)
@@ -301,9 +333,16 @@ static uint32_t by_rules(const struct port *port, uint32_t hint, const struct xv
 static uint32_t to_port(const struct port *port, uint32_t hint, const struct xv_view *const *views, uint32_t n,
 			struct call_ctx *ctx, struct xv_vring **stalled)
 {
-	if (likely(!port->rules))
+	uint32_t done;
+
+	if (likely(!port->rules && !port->capture))
 		return to_pair(port, hint, views, n, ctx, stalled);
-	return by_rules(port, hint, views, n, ctx, stalled);
+	if (likely(!port->capture))
+		return by_rules(port, hint, views, n, ctx, stalled);
+	capture_begin(views, n, CAPTURE_TO);
+	done = port->rules ? by_rules(port, hint, views, n, ctx, stalled) : to_pair(port, hint, views, n, ctx, stalled);
+	capture_views(port->capture, &ctx->capture, views, done, CAPTURE_TO, hint, CAPTURE_FATES);
+	return done;
 }
 
 /*
@@ -319,6 +358,8 @@ static uint32_t to_gated(const struct port *port, uint32_t hint, const struct xv
 
 	if (port->policy->flags & XV_POLICY_LINK_DOWN) {
 		drop_to_pair(port, hint, XV_DROP_LINK_DOWN, frames_of(views, n));
+		if (unlikely(port->capture))
+			capture_views(port->capture, &ctx->capture, views, n, CAPTURE_TO, hint, XV_DROP_LINK_DOWN);
 		return n;
 	}
 	for (uint32_t i = 0; i < n; i++) {
@@ -388,7 +429,12 @@ static void send_out(const struct uplink *to, const struct xv_view *const *views
 			continue;
 		gso_cut_init(&cut, views[i]);
 		while ((segments = gso_cut_next(&cut, &ctx->room))) {
-			if (send_burst(to, ctx->room.list, segments, max_len, drops) || !to->nicq || load_once(&to->nicq->nr_free))
+			const uint64_t too_big = drops[XV_DROP_TOO_BIG];
+			const uint32_t sent = send_burst(to, ctx->room.list, segments, max_len, drops);
+
+			if (unlikely(sent < segments))
+				view_tx_dropped(views[i], drops[XV_DROP_TOO_BIG] != too_big ? XV_DROP_TOO_BIG : XV_DROP_NO_FRAMES);
+			if (sent || !to->nicq || load_once(&to->nicq->nr_free))
 				continue;
 			/* no frame was free for any of them, nor is one for the rest */
 			count(drops[XV_DROP_NO_FRAMES], gso_cut_left(&cut));
@@ -397,16 +443,28 @@ static void send_out(const struct uplink *to, const struct xv_view *const *views
 	}
 }
 
+static uint32_t queue_of(const struct uplink *uplink)
+{
+	return uplink->nicq ? uplink->nicq->queue : uplink->tap->queue;
+}
+
 static void to_uplink(const struct snapshot *snap, const struct origin *from, const struct xv_view *const *views, uint32_t n,
 		      struct call_ctx *ctx, struct dirty *dirty)
 {
+	const struct nic *nic = &snap->nics[from->nic];
+
 	if (!from->drops)
 		return; /* came from the NIC: it has been on that wire */
 	if (unlikely(leads_nowhere(&from->uplink))) {
 		count(from->drops[XV_DROP_NO_UPLINK], n);
+		views_tx_dropped(views, n, XV_DROP_NO_UPLINK);
 		return;
 	}
-	send_out(&from->uplink, views, n, snap->nics[from->nic].max_len, from->drops, ctx);
+	if (unlikely(nic->capture))
+		capture_begin(views, n, CAPTURE_FROM);
+	send_out(&from->uplink, views, n, nic->max_len, from->drops, ctx);
+	if (unlikely(nic->capture))
+		capture_views(nic->capture, &ctx->capture, views, n, CAPTURE_FROM, queue_of(&from->uplink), CAPTURE_FATES);
 	if (likely(from->uplink.nicq))
 		mark_dirty(dirty, from->uplink.nicq);
 }
@@ -453,7 +511,7 @@ static void flood(const struct snapshot *snap, const struct origin *from, const 
 			continue;
 		done = switch_to_guest(snap, i, from->hint, views, n, ctx, &stalled);
 		if (stalled)
-			switch_drop_stalled(stalled, n - done);
+			give_up(&snap->ports[i], stalled, views + done, n - done, ctx);
 	}
 	if (snap->nics[from->nic].host && from->port != host_port(from->nic) && !alone)
 		switch_to_host(snap, from->nic, views, n, from->drops, ctx);
@@ -473,6 +531,7 @@ static uint32_t forward(const struct snapshot *snap, const struct origin *from, 
 		to_uplink(snap, from, views, n, ctx, dirty);
 	} else if (unlikely(from->port != NO_PORT && (is_isolated(snap, from->port) || is_isolated(snap, to)))) {
 		count(from->drops[XV_DROP_ISOLATED], n);
+		views_tx_dropped(views, n, XV_DROP_ISOLATED);
 	} else if (unlikely(to == host_port(from->nic))) {
 		switch_to_host(snap, from->nic, views, n, from->drops, ctx);
 	} else {
@@ -529,7 +588,7 @@ uint32_t switch_burst(const struct snapshot *snap, const struct origin *from, st
 		left = others;
 		done = forward(snap, from, to, mine, n, ctx, dirty, &short_of);
 		if (short_of)
-			switch_drop_stalled(short_of, n - done);
+			give_up(&snap->ports[to], short_of, mine + done, n - done, ctx);
 	}
 	return burst->nr;
 }

@@ -44,5 +44,8 @@ void switch_drop(const struct snapshot *snap, uint32_t port, uint32_t hint, enum
 uint32_t switch_joins(const struct port *port);
 /* Count frames dropped because the guest had no buffers for them. */
 void switch_drop_stalled(struct xv_vring *stalled, uint32_t n);
+/* Drop what switch_burst() was not done with, for want of the one guest's buffers that it named. */
+void switch_give_up(const struct snapshot *snap, struct xv_vring *stalled, const struct xv_burst *burst, uint32_t done,
+		    struct call_ctx *ctx);
 
 #endif

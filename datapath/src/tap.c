@@ -136,6 +136,7 @@ static int send_frame(struct xv_tapq *tap, const struct xv_view *view, uint64_t 
 	uint8_t header[GSO_HEADER_MAX];
 	struct iovec iov[PIECES];
 	uint32_t n = 1, pieces;
+	enum xv_drop why;
 
 	net_header_out(&hdr.mrg.hdr, view);
 	iov[0] = (struct iovec){&hdr, tap->header_len};
@@ -146,13 +147,16 @@ static int send_frame(struct xv_tapq *tap, const struct xv_view *view, uint64_t 
 	pieces = view_gather(view, view->gso_type ? view->gso->len : 0, iov + n, PIECES - n);
 	if (unlikely(!pieces)) {
 		count(drops[XV_DROP_BAD_CHAIN], 1);
+		view_tx_dropped(view, XV_DROP_BAD_CHAIN);
 		return 0;
 	}
 	if (likely(writev(tap->rx.fd, iov, (int)(n + pieces)) >= 0))
 		return 1;
 	if (errno == EINVAL && view->gso_type)
 		return -1;
-	count(drops[refusal(tap, view)], 1);
+	why = refusal(tap, view);
+	count(drops[why], 1);
+	view_tx_dropped(view, why);
 	return 0;
 }
 
@@ -166,6 +170,7 @@ uint32_t tap_tx_burst(struct xv_tapq *tap, const struct xv_view *const *views, u
 
 		if (unlikely(view->len > max_len) && view->len > max_len + net_tag_bytes(view)) {
 			count(drops[XV_DROP_TOO_BIG], 1);
+			view_tx_dropped(view, XV_DROP_TOO_BIG);
 			continue;
 		}
 		if (unlikely(send_frame(tap, view, drops) <= 0))

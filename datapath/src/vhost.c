@@ -366,6 +366,7 @@ static enum delivery deliver_slow(struct xv_vring *vr, const struct xv_view *vie
 		if (!fetch_frame(&w, view)) {
 			wrote(vr, &w);
 			count(vr->queue->rx.drops[XV_DROP_NO_BUFFERS], 1);
+			view_rx_dropped(view, XV_DROP_NO_BUFFERS);
 			return DROPPED;
 		}
 		*copied += view->len;
@@ -382,6 +383,7 @@ too_big:
 	if (view->gso_type && view->parts) /* each of its frames may fit */
 		return UNJOIN;
 	count(vr->queue->rx.drops[XV_DROP_TOO_BIG], 1);
+	view_rx_dropped(view, XV_DROP_TOO_BIG);
 	return DROPPED;
 }
 

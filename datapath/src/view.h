@@ -45,6 +45,11 @@ struct xv_view {
 	 */
 	uint32_t hash;
 	uint16_t hash_report; /* VIRTIO_NET_HASH_REPORT_* */
+	/*
+	 * For a capture of the port that sends it, or of the one that it is just being delivered to: 1 + enum xv_drop, why it was
+	 * dropped. Noted always, by whoever drops it, and forgotten only for a port that is captured (capture_begin()).
+	 */
+	uint8_t tx_drop, rx_drop;
 	const struct gso_header *gso; /* with a gso_type, of a guest's frame: its headers, checked */
 	struct xv_packet *socket;      /* with VIEW_SOCKET */
 	const struct gso_part *parts; /* with a gso_type, of what it was joined; NULL for a guest's frame */
@@ -55,6 +60,29 @@ struct xv_burst {
 	struct xv_seg segs[XV_BURST_SEGS];
 	uint32_t nr, nr_segs;
 };
+
+/* Note why it is dropped: on its way from the sender, or to the receiver of this moment. See above for why it may be const. */
+static inline void view_tx_dropped(const struct xv_view *view, enum xv_drop why)
+{
+	((struct xv_view *)(uintptr_t)view)->tx_drop = (uint8_t)(why + 1);
+}
+
+static inline void view_rx_dropped(const struct xv_view *view, enum xv_drop why)
+{
+	((struct xv_view *)(uintptr_t)view)->rx_drop = (uint8_t)(why + 1);
+}
+
+static inline void views_tx_dropped(const struct xv_view *const *views, uint32_t n, enum xv_drop why)
+{
+	for (uint32_t i = 0; i < n; i++)
+		view_tx_dropped(views[i], why);
+}
+
+static inline void views_rx_dropped(const struct xv_view *const *views, uint32_t n, enum xv_drop why)
+{
+	for (uint32_t i = 0; i < n; i++)
+		view_rx_dropped(views[i], why);
+}
 
 /* Copy up to `len` of the frame's leading bytes to `to`; returns how many there were. */
 static inline uint32_t view_peek(const struct xv_view *view, void *to, uint32_t len)

@@ -67,10 +67,27 @@ static uint32_t deliver_joined(struct worker *w, const struct snapshot *snap, co
 	return done;
 }
 
-static void burst_to_host(struct worker *w, const struct snapshot *snap, uint32_t port)
+/* What came from the network: what became of it is the business of the guest that it was for. */
+static void capture_as_is(struct worker *w, struct xv_capture *capture, uint32_t n, uint32_t queue)
 {
+	for (uint32_t i = 0; i < n; i++)
+		w->burst.views[i].rx_drop = 0;
+	capture_row(capture, &w->calls.capture, w->burst.views, n, CAPTURE_TO, queue, CAPTURE_FATES);
+}
+
+/* Who looks at what comes from a NIC for a guest. */
+static inline struct xv_capture *looks_at(const struct snapshot *snap, uint32_t port)
+{
+	return snap->nics[snap->ports[port].nic].capture;
+}
+
+static void burst_to_host(struct worker *w, const struct snapshot *snap, uint32_t port, uint32_t queue)
+{
+	struct xv_capture *at_nic = snap->nics[port - XV_HOST_PORT].capture;
 	const struct xv_view *views[XV_BURST];
 
+	if (unlikely(at_nic))
+		capture_as_is(w, at_nic, w->burst.nr, queue);
 	for (uint32_t i = 0; i < w->burst.nr; i++)
 		views[i] = &w->burst.views[i];
 	switch_to_host(snap, port - XV_HOST_PORT, views, w->burst.nr, NULL, &w->calls);
@@ -84,9 +101,33 @@ static bool poll_xsk_of_host(struct worker *w, const struct snapshot *snap, cons
 
 	if (unlikely(dropped))
 		switch_drop_to_host(snap, source->port - XV_HOST_PORT, dropped);
-	burst_to_host(w, snap, source->port);
+	burst_to_host(w, snap, source->port, source->hint);
 	xsk_rx_release(source->xsk, w->burst.nr);
 	return w->burst.nr + dropped;
+}
+
+/* What waits for a guest's buffers is too much: the oldest frames go. Answers how many. */
+static uint32_t drop_oldest(struct worker *w, const struct snapshot *snap, const struct xsk_source *source)
+{
+	struct xv_capture *at_nic = looks_at(snap, source->port), *at_guest = snap->ports[source->port].capture;
+	uint32_t dropped = 0, n;
+
+	if (likely(!at_nic && !at_guest))
+		return xsk_rx_trim(source->xsk);
+	while ((n = xsk_rx_excess(source->xsk))) {
+		if (xsk_rx_burst(source->xsk, &w->burst)) { /* one that can't be viewed */
+			dropped++;
+			continue;
+		}
+		n = MIN(n, w->burst.nr);
+		if (at_nic)
+			capture_as_is(w, at_nic, n, source->hint);
+		if (at_guest)
+			capture_row(at_guest, &w->calls.capture, w->burst.views, n, CAPTURE_TO, source->hint, XV_DROP_NO_BUFFERS);
+		xsk_rx_release(source->xsk, n);
+		dropped += n;
+	}
+	return dropped;
 }
 
 static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct xsk_source *source)
@@ -108,8 +149,12 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 		uint32_t join = switch_joins(&snap->ports[source->port]);
 
 		dropped = xsk_rx_burst(xsk, &w->burst);
-		if (unlikely(dropped))
+		if (unlikely(dropped)) {
 			switch_drop(snap, source->port, source->hint, XV_DROP_TOO_BIG, dropped);
+			if (snap->ports[source->port].capture)
+				capture_unseen(snap->ports[source->port].capture, &w->calls.capture, dropped, CAPTURE_TO,
+					       source->hint, XV_DROP_TOO_BIG);
+		}
 		if (join) {
 			done = deliver_joined(w, snap, source, join, &stalled, &unjoin);
 		} else {
@@ -117,6 +162,8 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 				views[i] = &w->burst.views[i];
 			done = switch_to_guest(snap, source->port, source->hint, views, w->burst.nr, &w->calls, &stalled);
 		}
+		if (unlikely(looks_at(snap, source->port)))
+			capture_as_is(w, looks_at(snap, source->port), done, source->hint);
 		count(w->counters.packets, done);
 	}
 	xsk_rx_release(xsk, done);
@@ -125,7 +172,7 @@ static bool poll_xsk(struct worker *w, const struct snapshot *snap, const struct
 		xsk->rx.active = true; /* it has not been armed for this ring's kicks */
 	xsk->stalled_on = stalled;
 	if (unlikely(stalled)) {
-		uint32_t oldest = xsk_rx_trim(xsk); /* they make room */
+		uint32_t oldest = drop_oldest(w, snap, source); /* they make room */
 
 		w->rx_stalls = true;
 		switch_drop_stalled(stalled, oldest);
@@ -196,9 +243,39 @@ static uint32_t send_limited(struct worker *w, const struct snapshot *snap, cons
 	return done;
 }
 
+/* The chains that guest_rx_burst() found to be no frames, by what it has counted since `before`. */
+static void capture_no_frames(struct worker *w, struct xv_capture *capture, const struct tx_source *source, const uint64_t *before)
+{
+	static const enum xv_drop reasons[] = {XV_DROP_BAD_CHAIN, XV_DROP_BAD_HEADER, XV_DROP_RUNT, XV_DROP_TOO_BIG};
+	const uint64_t *now = source->vring->queue->tx.drops;
+
+	for (uint32_t i = 0; i < ARRAY_SIZE(reasons); i++)
+		if (now[reasons[i]] != before[reasons[i]])
+			capture_unseen(capture, &w->calls.capture, now[reasons[i]] - before[reasons[i]], CAPTURE_FROM, source->pair,
+				       reasons[i]);
+}
+
+/* Keep a captured guest's burst as it sent it: on its way frames get tags. */
+static void keep_sent(struct worker *w)
+{
+	memcpy(w->sent, w->burst.views, w->burst.nr * sizeof(w->sent[0]));
+	for (uint32_t i = 0; i < w->burst.nr; i++)
+		w->burst.views[i].tx_drop = 0;
+}
+
+static void capture_sent(struct worker *w, struct xv_capture *capture, uint32_t n, uint32_t pair, enum xv_drop why)
+{
+	for (uint32_t i = 0; i < n; i++)
+		w->sent[i].tx_drop = w->burst.views[i].tx_drop;
+	capture_row(capture, &w->calls.capture, w->sent, n, CAPTURE_FROM, pair, why);
+}
+
 static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct tx_source *source)
 {
 	struct xv_vring *vr = source->vring, *stalled = NULL, *was = vr->stalled_on;
+	const struct port *port = &snap->ports[source->port];
+	uint64_t drops[XV_DROP_MAX];
+	bool disabled = false;
 	uint32_t done;
 
 	if (guest_faulted(vr->guest))
@@ -209,15 +286,21 @@ static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct 
 		w->tx_stalls = true;
 		return false;
 	}
+	if (unlikely(port->capture))
+		memcpy(drops, vr->queue->tx.drops, sizeof(drops));
 	guest_rx_burst(vr, &w->burst, &w->chains);
 	if (!(w->burst.nr + w->chains.skipped))
 		return false;
+	if (unlikely(port->capture)) {
+		capture_no_frames(w, port->capture, source, drops);
+		keep_sent(w);
+	}
 	done = w->burst.nr;
 	if (unlikely(!load_once(&vr->enabled))) {
 		/* disabled transmit rings are emptied, not stopped (vhost-user, "Ring states") */
 		count(vr->queue->tx.drops[XV_DROP_DISABLED], done);
+		disabled = true;
 	} else {
-		const struct port *port = &snap->ports[source->port];
 		const struct origin from = {.port = source->port,
 					    .nic = port->nic,
 					    .hint = source->pair,
@@ -231,7 +314,7 @@ static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct 
 			done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
 	}
 	if (unlikely(stalled && !may_wait(w, &vr->patience, was != NULL))) {
-		switch_drop_stalled(stalled, w->burst.nr - done);
+		switch_give_up(snap, stalled, &w->burst, done, &w->calls);
 		done = w->burst.nr;
 		stalled = NULL;
 	}
@@ -239,6 +322,8 @@ static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct 
 	w->tx_stalls |= !!stalled;
 	if (!(done + w->chains.skipped))
 		return false;
+	if (unlikely(port->capture))
+		capture_sent(w, port->capture, done, source->pair, disabled ? XV_DROP_DISABLED : CAPTURE_FATES);
 	guest_rx_release(vr, &w->burst, &w->chains, done, &w->calls);
 	count(w->counters.packets, done);
 	return true;
@@ -249,16 +334,21 @@ static bool poll_ctrl(struct worker *w, const struct ctrl_source *source)
 	return !guest_faulted(source->vring->guest) && ctrlq_poll(w, source);
 }
 
-/* What a guest may be given straight out of the socket: nothing whose tag is to be taken out on the way. */
-static uint32_t peeks(const struct port *port)
+/*
+ * What a guest may be given straight out of the socket: nothing whose tag is to be taken out on the way, or that somebody
+ * looks at.
+ */
+static uint32_t peeks(const struct snapshot *snap, uint32_t index)
 {
-	return port->gated ? 0 : switch_joins(port);
+	const struct port *port = &snap->ports[index];
+
+	return port->gated || port->capture || looks_at(snap, index) ? 0 : switch_joins(port);
 }
 
 static bool poll_packet_of_host(struct worker *w, const struct snapshot *snap, const struct packet_source *source)
 {
 	packet_rx_burst(source->socket, &w->burst, 0);
-	burst_to_host(w, snap, source->port);
+	burst_to_host(w, snap, source->port, 0);
 	packet_rx_release(source->socket, w->burst.nr);
 	return w->burst.nr;
 }
@@ -275,11 +365,13 @@ static bool poll_packet(struct worker *w, const struct snapshot *snap, const str
 		return poll_packet_of_host(w, snap, source);
 	if (likely(!stalled || !vring_usable(stalled) || vring_has_buffers(stalled))) {
 		stalled = NULL;
-		packet_rx_burst(socket, &w->burst, peeks(&snap->ports[source->port]));
+		packet_rx_burst(socket, &w->burst, peeks(snap, source->port));
 		for (uint32_t i = 0; i < w->burst.nr; i++)
 			views[i] = &w->burst.views[i];
 		if (w->burst.nr)
 			done = switch_to_guest(snap, source->port, 0, views, w->burst.nr, &w->calls, &stalled);
+		if (unlikely(looks_at(snap, source->port)))
+			capture_as_is(w, looks_at(snap, source->port), done, 0);
 		packet_rx_release(socket, done);
 		count(w->counters.packets, done);
 	}
@@ -320,10 +412,12 @@ static bool poll_tap(struct worker *w, const struct snapshot *snap, const struct
 		return tap->counters.rx_dropped != dropped; /* then there may be more, for which no event will come */
 	done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
 	if (unlikely(stalled && !source->alone && !may_wait(w, &tap->patience, was != NULL))) {
-		switch_drop_stalled(stalled, w->burst.nr - done);
+		switch_give_up(snap, stalled, &w->burst, done, &w->calls);
 		done = w->burst.nr;
 		stalled = NULL;
 	}
+	if (unlikely(snap->nics[source->nic].capture && !source->is_host))
+		capture_as_is(w, snap->nics[source->nic].capture, done, tap->queue);
 	for (uint32_t i = 0; !source->is_host && i < done; i++)
 		unclaimed += w->burst.views[i].to == NO_PORT;
 	if (unclaimed)
@@ -346,7 +440,9 @@ static bool poll_mcast(struct worker *w, const struct snapshot *snap, const stru
 		return false;
 	done = switch_burst(snap, &from, &w->burst, &w->calls, &w->dirty, &stalled);
 	if (stalled)
-		switch_drop_stalled(stalled, w->burst.nr - done);
+		switch_give_up(snap, stalled, &w->burst, done, &w->calls);
+	if (unlikely(snap->nics[source->nic].capture))
+		capture_as_is(w, snap->nics[source->nic].capture, w->burst.nr, 0);
 	packet_rx_release(source->mcast, w->burst.nr);
 	count(w->counters.packets, w->burst.nr);
 	return true;

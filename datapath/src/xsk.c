@@ -146,16 +146,32 @@ void xsk_rx_release(struct xv_xsk *xsk, uint32_t n)
 	give_back(xsk, pieces, n);
 }
 
-uint32_t xsk_rx_trim(struct xv_xsk *xsk)
+/* The oldest frames without which at most `keep` pieces wait; sets how many pieces they are. */
+static uint32_t too_many(const struct xv_xsk *xsk, uint32_t *at)
 {
 	const uint32_t keep = load_once(&xsk->keep);
-	uint32_t ready = xsk_backlog(xsk), at = 0, frames = 0, pieces;
+	uint32_t ready = xsk_backlog(xsk), frames = 0, pieces;
 
-	while (ready - at > keep && (pieces = frame_pieces(xsk, at, ready))) {
-		at += pieces;
+	*at = 0;
+	while (ready - *at > keep && (pieces = frame_pieces(xsk, *at, ready))) {
+		*at += pieces;
 		frames++;
 	}
-	give_back(xsk, at, frames);
+	return frames;
+}
+
+uint32_t xsk_rx_excess(const struct xv_xsk *xsk)
+{
+	uint32_t pieces;
+
+	return too_many(xsk, &pieces);
+}
+
+uint32_t xsk_rx_trim(struct xv_xsk *xsk)
+{
+	uint32_t pieces, frames = too_many(xsk, &pieces);
+
+	give_back(xsk, pieces, frames);
 	return frames;
 }
 
@@ -300,10 +316,12 @@ uint32_t nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views,
 
 		if (unlikely(view->len > max_len) && !tagged_fits(nicq, view, max_len)) {
 			count(drops[XV_DROP_TOO_BIG], 1);
+			view_tx_dropped(view, XV_DROP_TOO_BIG);
 			continue;
 		}
 		if (unlikely(!nicq->nr_free)) {
 			count(drops[XV_DROP_NO_FRAMES], 1);
+			view_tx_dropped(view, XV_DROP_NO_FRAMES);
 			continue;
 		}
 		if (view->nr_more <= 1 && likely(!view->flags && view->len <= room)) {
@@ -320,6 +338,7 @@ uint32_t nicq_tx_burst(struct xv_nicq *nicq, const struct xv_view *const *views,
 
 			if (unlikely(!placed)) {
 				count(drops[XV_DROP_NO_FRAMES], 1);
+				view_tx_dropped(view, XV_DROP_NO_FRAMES);
 				continue;
 			}
 			copied += placed;

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xdpvhost.capture.ports import PortCapture
 from xdpvhost.config import GuestSpec
 from xdpvhost.datapath import (
     CtrlState,
@@ -112,6 +113,7 @@ class FakeSwitch:
         nic = FakeNic(nr_queues=queues, slots=list(range(len(names))))
         self.nics = [nic]
         self.hosts: dict[FakeNic, Any] = {}
+        self.captures: dict[int, PortCapture] = {}
         self.guests = {
             name: FakeEntry(
                 GuestSpec(name, bytes([0x52, 0x54, 0, 0, 0, slot + 1]), queues, Path(f"/run/xdpvhost/{name}.sock")),
@@ -120,3 +122,6 @@ class FakeSwitch:
             )
             for slot, name in enumerate(names)
         }
+
+    def captured(self, port: Any) -> PortCapture:
+        return self.captures.setdefault(id(port), PortCapture())

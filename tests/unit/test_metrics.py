@@ -114,7 +114,9 @@ def test_every_series_moves_with_its_counter() -> None:
     nic.changed_verdicts[0, 0, "redirect"] = 47
     nic.changed_verdicts[None, 0, "pass_multicast"] = 53
     nic.changed_statistics[0, 0] = dict.fromkeys(XSK_STATISTICS, 0) | {"rx_ring_full": 59}
-    expected |= {31, 37, 41, 43, 47, 53, 59, 61}
+    switch.captured(guest).frames, switch.captured(guest).lost = 67, 71
+    switch.captured(nic).frames, switch.captured(nic).lost = 73, 79
+    expected |= {31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79}
     metrics = scrape(counters(switch, dp))
     shown = [int(value) for (name, _), value in metrics.samples.items() if value and name != BUILD_INFO.name]
     assert sorted(shown) == sorted(expected)
@@ -122,6 +124,7 @@ def test_every_series_moves_with_its_counter() -> None:
     assert metrics.total("xdpvhost_guest_drops_total", reason="runt", direction="tx") == drops[DROP_NAMES.index("runt")]
     assert metrics.total("xdpvhost_xdp_verdicts_total", guest="vm1", verdict="redirect") == 47
     assert metrics.total("xdpvhost_xdp_verdicts_total", guest="", verdict="pass_multicast") == 53
+    assert metrics.by("guest", "xdpvhost_capture_lost_total") == {"vm1": 71, "": 79}
     assert metrics.total("xdpvhost_copied_bytes_total", direction="nic") == nic.queues[0].counters.copied_bytes
 
 
