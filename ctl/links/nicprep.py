@@ -2,7 +2,7 @@
 """What a NIC needs before its frames can be steered, each change announced in the journal.
 
 - It is up.
-- It leaves VLAN tags in the frame, where the XDP program reads them.
+- It leaves VLAN tags in the frame, where the XDP program reads them, and takes frames of any VLAN.
 - It has as many receive queues as asked for, and sends on each of them.
 - It takes n-tuple rules, if it can and they are wanted.
 
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 ADOPTED = frozenset({"link_up", "features"})
 JOINING = "rx-gro"
 NTUPLE = "rx-ntuple-filter"
+VLAN_FILTERING = ("rx-vlan-filter", "rx-vlan-stag-filter")
 VLAN_PARSING = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
 
 SOL_PACKET = 263
@@ -81,6 +82,7 @@ class NicPrep:
         if self._features is not None:
             self._before.update(self._features.args["before"])
         self.warnings: list[str] = []
+        self.filters_vlans = False  # it drops frames of VLANs that the host has no device for, unless promiscuous
 
     def record(self, kind: str, **args: object) -> Entry:
         """Announce a change to this NIC that `undo()` shall take back."""
@@ -95,16 +97,22 @@ class NicPrep:
             set_up(self.link.index, True)
 
     def keep_vlan_tags(self) -> bool:
-        """Have them left in frames. Whether some may come beside them all the same: a NIC may insist on stripping."""
+        """Have tagged frames come, and tags left in them.
+
+        A NIC may insist on filtering: see `filters_vlans`. Returns whether tags may come beside frames all the same: a
+        NIC may insist on stripping them.
+        """
         now = ethtool.features(self.link.name)
-        active = [name for name in VLAN_PARSING if name in now and now[name].active]
+        active = [name for name in VLAN_PARSING + VLAN_FILTERING if name in now and now[name].active]
         wanted = {name: False for name in active if now[name].changeable}
         if wanted:
             known = self._features.args["before"] if self._features else {}
             self._note_features({**dict.fromkeys(wanted, True), **known})
             ethtool.set_features(self.link.name, wanted)
             now = ethtool.features(self.link.name)
-        return comes_beside(self.link) or any(now[name].active for name in active)
+        stuck = {name for name in active if now[name].active}
+        self.filters_vlans = not stuck.isdisjoint(VLAN_FILTERING)
+        return comes_beside(self.link) or not stuck.isdisjoint(VLAN_PARSING)
 
     def allow_ntuple(self) -> str | None:
         """Have the NIC take n-tuple rules. Why it takes none; None: it does."""
@@ -209,18 +217,34 @@ class NicPrep:
 class AddressFilter:
     """Which frames a NIC accepts on behalf of the guests, held by a packet socket that the caller owns."""
 
-    def __init__(self, sock: socket.socket, ifindex: int) -> None:
+    def __init__(self, sock: socket.socket, ifindex: int, filters_vlans: bool = False) -> None:
+        """`filters_vlans`: frames of a VLAN come in promiscuous mode only."""
         self._socket = sock
         self._ifindex = ifindex
+        self._filters_vlans = filters_vlans
+        self.in_vlans = False  # promiscuous for that reason
         self._refused: Counter[bytes] = Counter()  # by how many guests: in different VLANs, they may have the same
 
     @property
     def promiscuous(self) -> bool:
-        """Whether an address was refused, so that the NIC takes everything."""
-        return bool(self._refused)
+        """Whether an address was refused, or the VLAN of one, so that the NIC takes everything."""
+        return bool(self._refused) or self.in_vlans
 
     def accept_multicast(self) -> None:
         self._member(PACKET_ADD_MEMBERSHIP, PACKET_MR_ALLMULTI, b"")
+
+    def accept_vlans(self) -> None:
+        """There are guests in VLANs. Raises OSError when promiscuous mode is refused."""
+        if self._filters_vlans and not self.in_vlans:
+            self._member(PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC, b"")
+            self.in_vlans = True
+            log.info("interface %d: its VLAN filter can't be switched off: promiscuous", self._ifindex)
+
+    def refuse_vlans(self) -> None:
+        """There are none any more."""
+        if self.in_vlans:
+            self.in_vlans = False
+            self._drop(PACKET_MR_PROMISC, b"")
 
     def add(self, mac: bytes) -> None:
         """Raises OSError when even promiscuous mode is refused."""
@@ -235,16 +259,19 @@ class AddressFilter:
             self._refused[mac] += 1
 
     def remove(self, mac: bytes) -> None:
+        if mac not in self._refused:
+            self._drop(PACKET_MR_UNICAST, mac)
+            return
+        self._refused -= Counter((mac,))
+        if not self._refused:
+            self._drop(PACKET_MR_PROMISC, b"")
+
+    def _drop(self, kind: int, address: bytes) -> None:
         """A device that is gone has forgotten it already."""
         try:
-            if mac not in self._refused:
-                self._member(PACKET_DROP_MEMBERSHIP, PACKET_MR_UNICAST, mac)
-                return
-            self._refused -= Counter((mac,))
-            if not self._refused:
-                self._member(PACKET_DROP_MEMBERSHIP, PACKET_MR_PROMISC, b"")
+            self._member(PACKET_DROP_MEMBERSHIP, kind, address)
         except OSError as exc:
-            log.debug("interface %d: %s was not in its filter: %s", self._ifindex, mac.hex(":"), exc)
+            log.debug("interface %d: membership %d of %s is gone: %s", self._ifindex, kind, address.hex(":"), exc)
 
     def _member(self, option: int, kind: int, address: bytes) -> None:
         request = struct.pack("=iHH8s", self._ifindex, kind, len(address), address)  # struct packet_mreq

@@ -45,7 +45,7 @@ from ..links.netlink import Link, device_mtu, get_link, link_name
 from ..links.nicprep import AddressFilter, NicPrep
 from ..links.ntuple import OwnRules
 from . import gsosock, libxdp, tags
-from .maps import MAX_QUEUES, MAX_SLOTS
+from .maps import MAX_QUEUES, MAX_SLOTS, VLAN_ANY, VLAN_NONE
 from .packet import GROUPS, PacketSocket, Program, addressed_to
 from .program import PROGRAM, SteerProgram, refuse_occupied
 from .rules import GuestRules
@@ -114,6 +114,10 @@ class _Guest:
     @property
     def macs(self) -> set[bytes]:
         return {mac for _, mac in self.keys}
+
+
+def _in_vlan(keys: Collection[tuple[int, bytes]]) -> bool:
+    return any(VLAN_NONE < vlan < VLAN_ANY for vlan, _ in keys)
 
 
 def _addressed_to(guest: _Guest) -> Program:
@@ -223,7 +227,7 @@ class Nic:
         groups = PacketSocket(self.iface)
         self._stack.callback(groups.close)
         groups.listen(GROUPS)
-        self._filter = AddressFilter(groups.socket, self.ifindex)
+        self._filter = AddressFilter(groups.socket, self.ifindex, prep.filters_vlans)
         self._filter.accept_multicast()
         driver = link.kind or ethtool.driver(self.iface) or "unknown"
         partial = link.local_stack or driver in _LOCAL_STACK_DRIVERS
@@ -447,6 +451,8 @@ class Nic:
     def _add_keys(self, slot: int) -> None:
         """What of the guest's keys is missing. Raises NicError or OSError; the caller drops what there is by then."""
         guest, maps = self._guests[slot], self._program.maps if self._program else None
+        if _in_vlan(guest.keys):
+            self._filter.accept_vlans()
         for mac in sorted(guest.macs - guest.accepted):
             self._filter.add(mac)
             guest.accepted.add(mac)
@@ -465,6 +471,8 @@ class Nic:
         for mac in guest.accepted - {mac for _, mac in keep}:
             self._filter.remove(mac)
             guest.accepted.discard(mac)
+        if self._filter.in_vlans and not any(_in_vlan(guest.steered) for guest in self._guests.values()):
+            self._filter.refuse_vlans()
 
     def sort_by_rules(self, slot: int, keys: Collection[tuple[int, bytes]]) -> None:
         """Have the NIC bring frames with these keys to the guest's own queue, and no others, as far as it can."""

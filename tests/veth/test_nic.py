@@ -27,7 +27,7 @@ from xdpvhost.errors import NicError, PrivilegeError
 from xdpvhost.links.ethtool import features
 from xdpvhost.links.journal import Journal
 from xdpvhost.links.netdev import DeviceFeatures, XdpFeatures, XskFeatures
-from xdpvhost.links.nicprep import ADOPTED, AddressFilter, adoptable, prepare
+from xdpvhost.links.nicprep import ADOPTED, AddressFilter, NicPrep, adoptable, prepare
 from xdpvhost.links.undo import handlers
 from xdpvhost.rundir import InterfaceLock
 from xdpvhost.xdp import libxdp, program, xsk
@@ -394,6 +394,39 @@ def test_promiscuous_only_when_an_address_is_refused() -> None:
             seen.append(addresses.promiscuous)
         assert seen == [False, True, True, False]
         assert sock.calls == [(1, 3), (1, 1), (2, 3), (2, 1)]
+
+
+def test_promiscuous_where_vlans_are_filtered(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For good, as igb does; while there are guests in VLANs."""
+
+    def promiscuous() -> bool:
+        """A veth has no filter for addresses: that counts as one."""
+        (link,) = pair.host.json("ip", "-d", "-j", "link", "show", "dev", NIC)
+        return bool(link["promiscuity"] > 1)
+
+    keep = NicPrep.keep_vlan_tags
+
+    def filters(prep: NicPrep) -> bool:
+        beside = keep(prep)
+        prep.filters_vlans = True
+        return beside
+
+    monkeypatch.setattr(NicPrep, "keep_vlan_tags", filters)
+    with pair.host.entered(), pair.open() as nic:
+        add(nic, 0, MAC1)
+        assert not promiscuous()
+        add(nic, 1, MAC2, 100)
+        add(nic, 2, STRANGER, 100, 200)
+        assert promiscuous()
+        assert nic.promiscuous
+        nic.unsteer(1)
+        assert promiscuous()
+        nic.set_keys(2, [(0, mac_bytes(STRANGER))])
+        assert not promiscuous()
+        nic.set_keys(2, [(300, mac_bytes(STRANGER))])
+        assert promiscuous()
+        nic.remove_guest(2)
+        assert not promiscuous()
 
 
 # ---- a killed daemon
