@@ -158,6 +158,14 @@ def main(verbose: bool) -> None:
     show_default=True,
     help="tap: who serves the guests: QEMU opens the tap, or the data plane does and offers vhost-user.",
 )
+@click.option(
+    "--mac-age",
+    type=click.IntRange(1, 86400),
+    default=config.MAC_AGE,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long an address that a guest has learned (learn=N) is kept without being used.",
+)
 @click.option("--bridge", metavar="NAME", help="tap, vhost-net, emulated: the bridge to use. [default: one is made]")
 @click.option("--routed", is_flag=True, help="tap, vhost-net, emulated: route to each guest's address, no bridge.")
 @click.option("--force", is_flag=True, help="Even if the NIC is in use: what it has moves (vf: is replaced).")
@@ -188,6 +196,7 @@ def up(
     bind: config.BindMode,
     ntuple: config.NtupleMode,
     host_port: str | None,
+    mac_age: int,
     mode: config.Mode,
     serve: config.Serve,
     bridge: str | None,
@@ -223,6 +232,7 @@ def up(
         pin_vhost=config.parse_cpus(pin_vhost) if pin_vhost else (),
         vfs=vfs,
         host_port=config.check_host_port(host_port, ifaces),
+        mac_age=mac_age,
     )
     from . import daemon
     from .service import service_for

@@ -43,6 +43,7 @@ MAX_GUESTS = 512
 MAX_PAIRS = 128
 QUEUE_SIZES = (256, 512, 1024)  # what QEMU takes for a receive queue; 256 is its default
 MAX_WORKERS = 64
+MAC_AGE = 300  # as Linux bridges have it
 MAX_SOCKET_PATH = 107  # sizeof(sun_path) is 108 with the terminating NUL: unix(7)
 API_SOCKET = "api.sock"
 RESERVED_NAMES = frozenset({"api"})  # RUN_DIR/api.sock is the daemon's own
@@ -85,6 +86,7 @@ OPTION_MODES: dict[str, tuple[Mode, ...]] = {
     "workers": ("xdp",),
     "poll": ("xdp",),
     "host_port": ("xdp",),
+    "mac_age": ("xdp",),
     "xdp_mode": ("xdp",),
     "bind": ("xdp",),
     "ntuple": ("xdp",),
@@ -163,6 +165,7 @@ class UpConfig:
     macvtap_mode: MacvtapMode = "bridge"
     pin_vhost: tuple[int, ...] = ()  # CPUs
     vfs: int | None = None  # None: those that there are, or one a guest
+    mac_age: int = MAC_AGE  # seconds until an address that a guest has learned is forgotten
     host_port: str | None = None  # a tap's name, or HOST_PORT_OF_EACH; None: no host port
 
     @property
@@ -440,7 +443,7 @@ def check_options(mode: Mode, serve: Serve, given: Iterable[str]) -> None:
     """Raise ConfigError for an option of `up` that was given (by its parameter's name) and means nothing in `mode`."""
     for name in given:
         modes = OPTION_MODES.get(name)
-        served = mode == "tap" and serve == "vhost-user" and name in ("workers", "poll", "host_port")
+        served = mode == "tap" and serve == "vhost-user" and name in ("workers", "poll", "host_port", "mac_age")
         if modes is not None and mode not in modes and not served:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option}: means nothing in mode {mode}, only in {', '.join(modes)}; leave it out")

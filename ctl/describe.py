@@ -11,6 +11,14 @@ from .spec_values import write_vlans
 if TYPE_CHECKING:
     from .config import GuestSpec
     from .policy import Bucket
+    from .switch import GuestEntry
+
+
+def describe_learned(entry: GuestEntry) -> list[dict[str, Any]]:
+    """The addresses in its pool that it has made up, the last one used first."""
+    idle = {(vlan, mac): seconds for mac, vlan, seconds in entry.port.learned()} if entry.place.learned else {}
+    found = sorted((idle[key], *key) for key in entry.place.learned if key in idle)
+    return [{"mac": mac.hex(":"), "vlan": vlan, "idle_seconds": seconds} for seconds, vlan, mac in found]
 
 
 def describe_port(spec: GuestSpec) -> dict[str, Any]:

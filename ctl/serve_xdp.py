@@ -24,9 +24,10 @@ from .api import numbers_param
 from .capture.ports import Captures
 from .config import GuestSpec, UpConfig, change_guest, check_new_guest, format_guest, format_mac
 from .datapath import DROP_NAMES, FAULT_CALL_BLOCKED, Datapath
-from .describe import describe_port
+from .describe import describe_learned, describe_port
 from .errors import ConfigError, XdpvhostError
 from .hostport import name_for, refuse_taken
+from .learning import Learning
 from .links.journal import Journal
 from .links.nicprep import adoptable
 from .load import Look, WorkerLoad, measure, worker_counts, worker_loads
@@ -72,6 +73,8 @@ class XdpService:
         self._dp: Datapath
         self._switch: Switch
         self._captures: Captures
+        self._learning: Learning
+        self._learn_later: asyncio.TimerHandle | None = None
         self._counters: Counters | None = None
         self._coming: list[GuestSpec] = []  # configured, and not yet added
         self._rebalancing = asyncio.Lock()
@@ -97,6 +100,7 @@ class XdpService:
             if config.host_port is not None:
                 switch.add_host_port(index, name_for(config.host_port, nic.iface, nic.ifindex), journal)
         dp.start()
+        self._learning = Learning(switch, config.mac_age)
         self._counters = Counters(dp, switch)
         stack.callback(self._counters.close)
         self._captures = Captures(switch, self._counters.lock)
@@ -250,8 +254,9 @@ class XdpService:
         asyncio.get_running_loop().add_reader(self._dp.event_fd, self._data_plane_event)
 
     def _ignore_data_plane(self) -> None:
-        if self._pause is not None:
-            self._pause.cancel()
+        for timer in (self._pause, self._learn_later):
+            if timer is not None:
+                timer.cancel()
         asyncio.get_running_loop().remove_reader(self._dp.event_fd)
 
     def _data_plane_event(self) -> None:
@@ -267,11 +272,22 @@ class XdpService:
                 blocked = entry.port.fault.code == FAULT_CALL_BLOCKED
                 serving[0].disconnect(why, BLOCKED_HOLD_OFF if blocked else 0.0)
         self._serve_guest_requests()
+        self._learn()
 
     def _serve_guest_requests(self) -> None:
         delay = self._switch.serve_requests()
         if delay is not None:
             asyncio.get_running_loop().call_later(delay, self._serve_guest_requests)
+
+    def _learn(self) -> None:
+        """Whenever a guest has learned an address, and every second for those that have grown old."""
+        delay = self._learning.look()
+        if delay is not None and self._learn_later is None:
+            self._learn_later = asyncio.get_running_loop().call_later(delay, self._learn_again)
+
+    def _learn_again(self) -> None:
+        self._learn_later = None
+        self._learn()
 
     async def _watchdog(self) -> None:
         while True:
@@ -292,6 +308,7 @@ class XdpService:
             try:
                 self._switch.follow_mtus()
                 self._switch.follow_links()
+                self._learn()
             except (XdpvhostError, OSError) as exc:
                 log.error("interface %s: %s", self._config.iface, exc)
             except Exception:
@@ -426,6 +443,7 @@ def describe_guest(entry: GuestEntry) -> dict[str, Any]:
         "mac": format_mac(spec.mac),
         "listens_to": sorted(map(format_mac, entry.listens_to)),
         **describe_port(spec),
+        "learned": describe_learned(entry),
         "queues": spec.queues,
         "socket": str(spec.socket),
         "socket_mode": spec.socket_mode,

@@ -39,6 +39,7 @@ from .datapath import (
 )
 from .errors import ConfigError, XdpvhostError
 from .hostport import HostPort, address_for
+from .learning import RESULTS
 from .pools import Key, Place
 from .spec_policy import check_mtu, describe_vlans
 from .vhost.errors import ProtocolError, RequestRefused, Violation
@@ -86,6 +87,7 @@ class GuestEntry:
         self.next_request = 0.0  # when it may ask for other addresses again
         self.refusal_told = False  # in this session
         self.config_changed: Callable[[], None] = _nobody_to_tell
+        self.learning: Counter[str] = Counter(dict.fromkeys(RESULTS, 0))  # what became of addresses that it made up
         self._announced: int | None = None  # acknowledgements there were when an announcement was asked for
 
     @property
@@ -225,6 +227,10 @@ def _nobody_to_tell() -> None:
     pass
 
 
+def _nothing(_key: Key) -> bool:
+    return False
+
+
 def _others(places: Mapping[GuestEntry, Place], entry: GuestEntry) -> list[frozenset[Key]]:
     """The keys of everybody else."""
     return [place.keys for other, place in places.items() if other is not entry]
@@ -279,7 +285,7 @@ class Switch:
         entry = GuestEntry(self, slot, spec, nic, self.dp.guest(spec.name, spec.queues, spec.mac))
         try:
             if losers := self._without_learned(entry.place):
-                self.move(losers)
+                self._move_and_take({}, losers)
             entry.xsks = nic.add_guest(slot, spec.name, entry.place.keys)
             entry.packet = nic.packet_socket(slot)
             self.guests[spec.name] = entry
@@ -422,9 +428,10 @@ class Switch:
         entry = self.guests[name]
         place = replace(entry.place, spec=spec)
         self._check_place(place, entry.nic, entry)
-        place = replace(place, learned=frozenset(key for key in place.learned if place.may_learn(key)))
+        may = place.may_learn if place.policy.learn else _nothing
+        place = replace(place, learned=frozenset(filter(may, place.learned)))
         link = entry.net_state.link_up
-        self.move({entry: place, **self._without_learned(place, entry)})
+        self._move_and_take({entry: place}, self._without_learned(place, entry))
         if entry.net_state.link_up != link:
             entry.config_changed()
         return entry
@@ -455,13 +462,27 @@ class Switch:
             steer({entry: place.keys for entry, place in before.items()})
             raise
         steer({entry: place.keys for entry, place in places.items() if before[entry].keys - place.keys})
-        for entry in places:
-            self._sort_by_rules(entry)
+        for entry, place in places.items():
+            if place.configured != before[entry].configured:
+                self._sort_by_rules(entry)
+            for vlan, mac in before[entry].learned - place.learned:
+                entry.port.forget(mac, vlan)
 
     @staticmethod
     def _sort_by_rules(entry: GuestEntry) -> None:
         """The NIC brings what is configured to one queue; RSS spreads what has several pairs to go to."""
         entry.nic.sort_by_rules(entry.slot, entry.place.configured if entry.max_pairs == 1 else ())
+
+    def _move_and_take(self, places: Mapping[GuestEntry, Place], losers: Mapping[GuestEntry, Place]) -> None:
+        """`losers` are as `_without_learned` has them: what they lose is counted."""
+        lost = {entry: len(entry.place.learned) - len(place.learned) for entry, place in losers.items()}
+        self.move({**places, **losers})
+        for entry, count in lost.items():
+            entry.learning["taken"] += count
+
+    def room(self, nic: NicPort) -> int:
+        """How many more keys the guests of a NIC may have."""
+        return MAX_MACS - sum(len(entry.place.keys) for entry in self.guests.values() if entry.nic is nic)
 
     def _check_place(self, place: Place, nic: NicPort, entry: GuestEntry | None = None) -> None:
         """Raises ConfigError for a pool that meets another, or that there is no room for, or limits below one frame.

@@ -17,6 +17,7 @@ PLAIN_WIDTH = 160  # of a table that goes into a file or pipe
 ASKED = {"xdp": "XDP mode", "bind": "AF_XDP bind"}  # names of facts that come as KEY_asked and KEY_in_use
 
 CAPTURE_COLUMNS = ("kind", "port", "pid", "seconds", "snaplen", "buffer", "captured", "lost")
+SHOWN_LEARNED = 4  # of a guest; --json has all
 
 Counter = Mapping[str, Any]
 
@@ -100,7 +101,7 @@ def port_table(guests: Sequence[Mapping[str, Any]]) -> Table | None:
         (
             guest["name"],
             guest["vlans"],
-            "+".join(guest["listens_to"]),
+            "+".join([*guest["listens_to"], *_some_learned(guest)]),
             _checks(guest),
             *(_limit(guest["limits"][way]) for way in ("tx", "rx", "storm")),
             "on" if guest["link"] else "off",
@@ -112,8 +113,15 @@ def port_table(guests: Sequence[Mapping[str, Any]]) -> Table | None:
     return table("pools and policy", columns, rows) if rows else None
 
 
+def _some_learned(guest: Mapping[str, Any]) -> list[str]:
+    found = [f"{learned['mac']} (learned)" for learned in guest["learned"]]
+    return found if len(found) <= SHOWN_LEARNED else [*found[:SHOWN_LEARNED], "…"]
+
+
 def _checks(guest: Mapping[str, Any]) -> str:
     words = ["source MAC"] if guest["spoof_check"] else []
+    if guest["learn"]:
+        words.append(f"{len(guest['learned'])} of {guest['learn']} learned")
     if guest["addresses"]:
         words.append(f"IP {'+'.join(guest['addresses'])}")
     if guest["isolated"]:

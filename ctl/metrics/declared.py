@@ -278,6 +278,35 @@ CAPTURE_LOST = Metric(
     "Frames that a capture lost, as its buffer was full or it took more than its share of a worker's time. They went "
     "their way all the same.",
 )
+GUEST_LEARNED = Metric(
+    "xdpvhost_guest_learned_addresses",
+    "gauge",
+    ("guest",),
+    "Addresses in the guest's pool that it has learned (learn=N).",
+)
+GUEST_LEARNING = Metric(
+    "xdpvhost_guest_learning_total",
+    "counter",
+    ("guest", "result"),
+    "What became of addresses that the guest has used without being given them: learned (they joined its pool), "
+    "refused (somebody else's, this machine's, or there is no room), aged (not used for --mac-age), taken (configured "
+    "for a guest meanwhile).",
+)
+GUEST_RATE_LIMIT = Metric(
+    "xdpvhost_guest_rate_limit_bits",
+    "gauge",
+    ("guest", "direction"),
+    "Bits a second that the guest may send (tx) or be sent (rx); 0: no limit.",
+)
+GUEST_STORM_LIMIT = Metric(
+    "xdpvhost_guest_storm_limit_frames",
+    "gauge",
+    ("guest",),
+    "Broadcast and multicast frames a second that the guest may send; 0: no limit.",
+)
+GUEST_LINK_OFF = Metric(
+    "xdpvhost_guest_link_off", "gauge", ("guest",), "1 while the guest's link is switched off (link=off), else 0."
+)
 
 WORKER_POLLS = Metric(
     "xdpvhost_worker_polls_total",
@@ -363,6 +392,11 @@ METRICS: tuple[Metric, ...] = (
     GUEST_PROTOCOL_ERRORS,
     CAPTURE_FRAMES,
     CAPTURE_LOST,
+    GUEST_LEARNED,
+    GUEST_LEARNING,
+    GUEST_RATE_LIMIT,
+    GUEST_STORM_LIMIT,
+    GUEST_LINK_OFF,
     WORKER_POLLS,
     WORKER_SLEEPS,
     WORKER_WAKEUPS,

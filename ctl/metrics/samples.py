@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..config import HOST_PORT_LABEL
 from ..datapath import ABI, CTRL_NAMES, DROP_NAMES, RxCounters, TapqCounters, TxCounters
+from ..learning import RESULTS
 from ..xdp.maps import GUEST_VERDICTS, HOST_VERDICTS
 from . import declared as m
 from .declared import Sample
@@ -146,6 +147,14 @@ def _guest_samples(guest: GuestEntry) -> Iterator[Sample]:
         yield Sample(m.GUEST_PROTOCOL_ERRORS, (name, reason), errors.get(reason, 0))
     for request, result in m.MESSAGES:
         yield Sample(m.GUEST_MESSAGES, (name, request, result), guest.messages[request, result])
+    policy = guest.place.policy
+    yield Sample(m.GUEST_LEARNED, (name,), len(guest.place.learned))
+    for result in RESULTS:
+        yield Sample(m.GUEST_LEARNING, (name, result), guest.learning[result])
+    yield Sample(m.GUEST_RATE_LIMIT, (name, "rx"), 8 * policy.rx.rate)
+    yield Sample(m.GUEST_RATE_LIMIT, (name, "tx"), 8 * policy.tx.rate)
+    yield Sample(m.GUEST_STORM_LIMIT, (name,), policy.storm.rate)
+    yield Sample(m.GUEST_LINK_OFF, (name,), int(policy.link_down))
     ctrl = guest.port.ctrl
     for kind, accepted, refused in zip(CTRL_NAMES, ctrl.accepted, ctrl.refused, strict=True):
         yield Sample(m.GUEST_CONTROL, (name, kind, "ok"), accepted)

@@ -11,6 +11,7 @@ from typing import Any
 from xdpvhost.capture.ports import PortCapture
 from xdpvhost.config import GuestSpec
 from xdpvhost.datapath import (
+    Addresses,
     CtrlState,
     NicqCounters,
     PacketCounters,
@@ -21,6 +22,7 @@ from xdpvhost.datapath import (
     XskCounters,
 )
 from xdpvhost.metrics.declared import XSK_STATISTICS
+from xdpvhost.pools import Place
 from xdpvhost.xdp.maps import GUEST_VERDICTS, HOST_VERDICTS
 
 
@@ -95,7 +97,9 @@ class FakeEntry:
         self.port = FakePort(self.name, self.spec.queues)
         self.xsks = [FakeCounted(XskCounters()) for _ in range(self.nic.nr_queues)]
         self.protocol_errors: Counter[str] = Counter()
-        self.listens_to = {self.spec.mac}
+        self.place = Place(self.spec, Addresses(self.spec.mac))
+        self.listens_to = self.place.macs
+        self.learning: Counter[str] = Counter()
         self.messages: Counter[tuple[str, str]] = Counter()
 
 

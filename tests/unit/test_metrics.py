@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.request
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -17,9 +18,10 @@ from prometheus_client import generate_latest
 from support.daemon import Metrics
 from support.fake_plane import FakeDatapath, FakeSwitch
 from support.golden import check_golden
-from xdpvhost.config import MetricsAddress
+from xdpvhost.config import MetricsAddress, change_guest
 from xdpvhost.datapath import CTRL_NAMES, DROP_NAMES, Datapath
 from xdpvhost.errors import ConfigError
+from xdpvhost.learning import RESULTS
 from xdpvhost.metrics import endpoint as endpoint_module
 from xdpvhost.metrics import table
 from xdpvhost.metrics.declared import BUILD_INFO, LINK_METRICS, METRICS, PROTOCOL_ERROR_REASONS, XSK_STATISTICS
@@ -111,12 +113,17 @@ def test_every_series_moves_with_its_counter() -> None:
     guest.reconnects = 41
     guest.protocol_errors["memory"] = 43
     guest.messages["SET_MEM_TABLE", "ok"] = 61
+    for result, count in zip(RESULTS, (101, 103, 107, 109), strict=True):
+        guest.learning[result] = count
+    spec = change_guest(guest.spec, {"tx-rate": "800", "rx-rate": "1600", "storm": "83", "link": "off", "vlan": "7"})
+    guest.place = replace(guest.place, spec=spec, learned=frozenset((7, bytes((2, 0, 0, 0, 0, n))) for n in range(89)))
     nic.changed_verdicts[0, 0, "redirect"] = 47
     nic.changed_verdicts[None, 0, "pass_multicast"] = 53
     nic.changed_statistics[0, 0] = dict.fromkeys(XSK_STATISTICS, 0) | {"rx_ring_full": 59}
     switch.captured(guest).frames, switch.captured(guest).lost = 67, 71
     switch.captured(nic).frames, switch.captured(nic).lost = 73, 79
     expected |= {31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79}
+    expected |= {101, 103, 107, 109, 800, 1600, 83, 1, 89}
     metrics = scrape(counters(switch, dp))
     shown = [int(value) for (name, _), value in metrics.samples.items() if value and name != BUILD_INFO.name]
     assert sorted(shown) == sorted(expected)
