@@ -20,18 +20,16 @@ UNSEEN = "in frames; beside them they are not seen"
 def refusal(device: DeviceFeatures | None) -> str | None:
     """Why a program can't ask the driver for tags; None: it can, in native mode."""
     if device is None or not device.metadata:
-        return "the kernel doesn't tell the program of them (6.8 and later do, with some drivers)"
+        return "the kernel doesn't tell the program of it (6.8 and later do, with some drivers)"
     if RxMetadata.VLAN_TAG not in device.metadata:
-        return "the driver doesn't tell the program of them"
+        return "the driver doesn't tell the program of it"
     return None
 
 
 def remedy(link: Link) -> str:
     if link.kind == "veth":
         return "`ethtool -K PEER txvlan off` at the other end, or --xdp-mode none"
-    if link.kind in ("bond", "team"):
-        return f"`ethtool -K PORT rxvlan off` for every port of {link.name}, or --xdp-mode none"
-    return "--xdp-mode none"
+    return "--xdp-mode none"  # a bridge, a bond: the kernel has taken tags out of frames before they get there
 
 
 def warning(link: Link, why: str) -> str:

@@ -4,6 +4,8 @@
 A veth hands over the tags that its other end left to "the device" beside the frames, as a NIC does that strips them.
 """
 
+import os
+import socket
 import struct
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,11 +14,11 @@ import pytest
 
 from support.fake_datapath import FakeDatapath, FakeXsk
 from support.frames import PacketSocket, mac_bytes, udp_frame
-from support.frontend import F_MRG_RXBUF, F_PROTOCOL, F_VERSION_1, NetDevice
-from support.lab import Lab, guest_mac, spec
+from support.frontend import F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, F_MRG_RXBUF, F_PROTOCOL, F_VERSION_1, NetDevice
+from support.lab import Lab, guest_ip, guest_mac, spec
 from support.netns import Namespace, World
 from support.process import wait_for
-from support.wire import AD, Q, Wire, tagged
+from support.wire import AD, SO_MARK, Q, Wire, tagged
 from xdpvhost.links.journal import Journal
 from xdpvhost.links.nicprep import SOL_PACKET
 from xdpvhost.xdp import nic as nic_module
@@ -31,6 +33,9 @@ MAC, OTHER, SOURCE = "52:54:00:00:00:01", "52:54:00:00:00:02", "02:00:00:00:00:7
 COUNT = 23
 RED, BLUE = 100, 200
 TP_STATUS_VLAN_VALID = 1 << 4
+UDP_SEGMENT = 103
+NEEDS_CSUM, UDP_L4 = 1, 5
+F_GUEST_USO4, F_GUEST_USO6 = 1 << 54, 1 << 55
 FEATURES = F_VERSION_1 | F_PROTOCOL | F_MRG_RXBUF
 
 
@@ -215,3 +220,31 @@ def test_guests_see_them(mode: str, mtu: int) -> None:
                         wire.send(sent, tag)
                         got = [frame for _, frame in device.receive(COUNT)]
                         assert sorted(got) == in_them(sent, tag)
+
+
+@pytest.mark.parametrize("mode", ["native", "none"])
+def test_frames_of_a_local_stack(mode: str) -> None:
+    """A large datagram that is to be cut: what says where its checksum is counts the tag."""
+    size, segments, payload = 1000, 20, os.urandom(20 * 1000)
+    with Lab(quiet=True) as lab:
+        Wire(lab.world, lab.net, "eth0")
+        lab.net.ip("neigh", "add", guest_ip(1), "lladdr", guest_mac(1), "dev", "eth0")
+        daemon = lab.up([spec(1)], ["--xdp-mode", mode])
+        features = FEATURES | F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_USO4 | F_GUEST_USO6
+        with NetDevice(daemon.socket("vm1"), features=features, memory_size=16 << 20) as device:
+            device.up()
+            device.post(128, 2048)
+            with lab.net.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                sender.setsockopt(socket.SOL_SOCKET, SO_MARK, struct.pack("=I", Q << 16 | RED))
+                sender.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, size)
+                sender.sendto(payload, (guest_ip(1), 9))
+            got: list[tuple[bytes, bytes]] = []
+            wait_for(lambda: got.extend(device.received()) or sum(len(f) - 46 for _, f in got) >= len(payload), 5, "it")
+        assert b"".join(frame[46:] for _, frame in got) == payload
+        for header, frame in got:
+            flags, kind, _, gso_size, start, offset = struct.unpack_from("<BBHHHH", header)
+            assert (flags, start, offset) == (NEEDS_CSUM, 14 + 4 + 20, 6)
+            assert frame[12:18] == struct.pack("!HHH", Q, RED, 0x0800)
+            assert (kind, gso_size) == ((UDP_L4, size) if len(frame) > 46 + size else (0, 0))
+        if mode == "none":
+            assert len(got) < segments  # whole
