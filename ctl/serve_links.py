@@ -15,7 +15,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .config import GuestSpec, UpConfig, check_new_guest, format_guest, format_mac
@@ -29,7 +29,7 @@ from .rundir import interface_index
 from .service import Leftover, Needs, no_such_guest
 
 if TYPE_CHECKING:
-    from .api import Handler
+    from .api import Handler, Params
     from .links.journal import Entry, Journal
     from .modes.base import LinkCounters, Uplink
 
@@ -186,7 +186,10 @@ class LinkService:
         return samples
 
     def handlers(self) -> Mapping[str, Handler]:
-        return {}
+        return {"rebalance": self._no_workers}
+
+    async def _no_workers(self, _: Params) -> NoReturn:
+        raise ConfigError(f"the daemon is in mode {self._config.mode}: it has no workers, the kernel moves the frames")
 
 
 def leftover_needs(journal: Journal) -> Needs:

@@ -94,7 +94,7 @@ static void choose_judged(struct snapshot *snap)
 		snap->ports[i].judged = access || (snap->ports[i].policy && policy_judges(snap->ports[i].policy));
 }
 
-static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_guest_conf *conf, uint32_t nr_guests)
+static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_guest_conf *conf)
 {
 	struct xv_vring *const *rings = at(conf->rings);
 	struct xv_xsk *const *xsks = at(conf->xsks);
@@ -155,7 +155,7 @@ static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_gues
 		struct duty *duty = &snap->duties[(conf->worker + i) % workers];
 
 		duty->xsk[duty->nr_xsk++] = (struct xsk_source){xsks[i], index, xsks[i]->nicq->queue};
-		store_once(&xsks[i]->keep, keep_of(xsks[i], nr_guests));
+		store_once(&xsks[i]->keep, keep_of(xsks[i], nic ? nic->nr_guests : 1));
 	}
 	return 0;
 }
@@ -208,14 +208,13 @@ static int add_nics(struct snapshot *snap, const struct xv_snapshot_conf *conf)
 
 	for (uint32_t i = 0; i < snap->nr_nics; i++) {
 		struct nic *nic = &snap->nics[i];
-		uint32_t nr_guests = 0;
 		int result;
 
 		if (confs[i].nr_queues && confs[i].nr_taps)
 			return -EINVAL;
 		for (uint32_t g = 0; g < conf->nr_guests; g++)
-			nr_guests += guests[g].nic == i;
-		result = add_taps(snap, i, &confs[i], nr_guests + !!confs[i].host < 2);
+			nic->nr_guests += guests[g].nic == i;
+		result = add_taps(snap, i, &confs[i], nic->nr_guests + !!confs[i].host < 2);
 		if (result)
 			return result;
 		nic->nr_queues = confs[i].nr_queues;
@@ -325,7 +324,7 @@ int snapshot_new(const struct xv_snapshot_conf *conf, uint32_t workers, struct s
 	if (!result)
 		result = add_nics(snap, conf);
 	for (uint32_t i = 0; !result && i < conf->nr_guests; i++)
-		result = add_guest(snap, i, &guests[i], conf->nr_guests);
+		result = add_guest(snap, i, &guests[i]);
 	if (!result)
 		result = add_macs(snap, at(conf->macs), conf->nr_macs);
 	if (result)

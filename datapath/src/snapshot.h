@@ -41,6 +41,7 @@ struct nic {
 	struct xv_packet *mcast;
 	struct xv_tapq **taps;
 	uint32_t nr_taps;
+	uint32_t nr_guests;
 	struct xv_tapq *host; /* the host's own port among the guests, or NULL */
 	struct xv_capture *capture; /* the guests' frames from and to it are copied there, or NULL */
 };

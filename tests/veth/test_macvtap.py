@@ -219,3 +219,10 @@ def test_emulated_is_a_tap(host: LinkHost) -> None:
         assert "e1000e" in daemon.cli("qemu-args", "vm1")
         daemon.down()
     host.wait_as(before)
+
+
+def test_there_are_no_workers_to_rebalance(host: LinkHost) -> None:
+    with host.up("macvtap", [VM1]):
+        refused = host.cli("rebalance", "--run-dir", host.run_dir)
+        assert refused.returncode == 2
+        assert "in mode macvtap: it has no workers" in refused.stderr
