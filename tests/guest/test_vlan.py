@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linux guests (User-Mode Linux) that are access ports, and are changed by `guest set` while they run."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -64,3 +65,42 @@ def test_the_driver_sees_its_link_go(lab: Lab) -> None:
         put(lab, 2, "link=on")
     wait_for(lambda: lab.guests[2].call(carrier.format(1))[0] == 0, 10, "the carrier to be back")
     assert reaches(lab, 1, guest_ip(2))
+
+
+def test_it_uses_its_own_ip_addresses_only(lab: Lab) -> None:
+    def spoofed() -> int:
+        return lab.daemon.metrics().total("xdpvhost_guest_drops_total", guest="vm3", reason="ip_spoofed")
+
+    guest, other = lab.guests[3], "192.0.2.99"
+    ping = f"ping -n -c 3 -i 0.2 -W 2 -I {other} {NET_IP}"
+    guest.run(f"ip addr add {other}/24 dev eth0")
+    try:
+        assert guest.call(ping)[0] == 0, "nothing is checked"
+        put(lab, 3, f"address={guest_ip(3)}")
+        before = spoofed()
+        lab.net.ip("neigh", "flush", "dev", "eth0")
+        assert guest.call(ping)[0] != 0
+        assert spoofed() > before
+        assert reaches(lab, 3, NET_IP), "from its own"
+        put(lab, 3, f"address={guest_ip(3)}+{other}")
+        assert guest.call(ping)[0] == 0
+    finally:
+        put(lab, 3, "address=")
+        guest.run(f"ip addr del {other}/24 dev eth0")
+
+
+def test_limits_hold_for_tcp(lab: Lab) -> None:
+    """What waits in the guest's ring is not lost, so its TCP fills the limit; towards it, TCP has to find it by loss."""
+    limit = 50_000_000
+    put(lab, 3, "tx-rate=50M", "rx-rate=50M", "rx-burst=256K")
+    try:
+        for way, least in (("", 0.6), ("-R", 0.2)):
+            with lab.net.start("iperf3", "-s", "-1", "--forceflush") as server:
+                server.wait_line("listening", 10)
+                report = json.loads(lab.guests[3].run(f"iperf3 -c {NET_IP} -t 3 -J {way}", 40))
+            rate = report["end"]["sum_received"]["bits_per_second"]
+            assert least * limit < rate < 1.1 * limit, f"{rate / 1e6:.1f} Mbit/s {way}"
+        drops = lab.daemon.guest("vm3")
+        assert drops["tx"]["drops"]["no_frames"] == 0
+    finally:
+        put(lab, 3, "tx-rate=,rx-rate=,rx-burst=")

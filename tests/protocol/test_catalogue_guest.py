@@ -543,17 +543,18 @@ SPOOFED = {
 
 @pytest.mark.parametrize("source", SPOOFED)
 def test_g9_spoofed_sources_divert_nothing(arena: Arena, features: int, source: str) -> None:
-    """No address is learned from a frame, so nothing of another guest comes to the one who says to be it."""
+    """They are dropped and counted, and nothing of another guest comes to the one who says to be it."""
     with arena.nothing_left(), arena.device(features) as device:
         device.up()
         device.post(64)
-        before = arena.entry.port.rx_counters(0).packets
+        before, spoofed = arena.entry.port.rx_counters(0).packets, arena.drops("tx", "spoofed")
         for turn in range(20):
             sender = SPOOFED[source] if turn % 2 else VM3
             device.send(TO_FRIEND + sender + b"\x88\xb6" + bytes(50))
         wait_for(lambda: device.sent() >= 0 and not device.tx().chains, 5, "the frames to be sent")
         arena.stream.moved()
         assert arena.entry.port.rx_counters(0).packets == before
+        assert arena.drops("tx", "spoofed") == spoofed + 10
         arena.heard()
 
 

@@ -77,6 +77,26 @@ def test_steering_follows_the_guests_address(scene: Scene) -> None:
     wait_for(lambda: scene.daemon.guest("vm1")["listens_to"] == [MAC1], 5, "the address to be given back")
 
 
+def test_it_may_send_from_what_it_was_granted(scene: Scene) -> None:
+    def spoofed() -> int:
+        return scene.daemon.metrics().total("xdpvhost_guest_drops_total", guest="vm1", reason="spoofed")
+
+    with (
+        ControlGuest(scene.daemon.socket("vm1"), features=FILTERS, protocol_features=PROTOCOL) as guest,
+        PacketSocket(scene.net, "net0") as wire,
+    ):
+        guest.up_with_control()
+        guest.send(udp_frame(SOURCE, OTHER))
+        wait_for(lambda: spoofed() == 1, 5, "a frame to be dropped")
+        assert guest.command(MAC, 1, mac_bytes(OTHER)) == OK
+        for mac in (OTHER, MAC1):
+            guest.send(udp_frame(SOURCE, mac))
+            wire.wait_received(mac, 1)
+        assert guest.command(MAC, 1, mac_bytes(MAC1)) == OK
+        guest.send(udp_frame(SOURCE, OTHER))
+        wait_for(lambda: spoofed() == 2, 5, "another frame to be dropped")
+
+
 def test_not_the_nics_own_address(scene: Scene) -> None:
     with ControlGuest(scene.daemon.socket("vm1"), features=FILTERS, protocol_features=PROTOCOL) as guest:
         guest.up_with_control()
