@@ -432,6 +432,10 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "xv_guest_mac_answer": (c_int32, (c_void_p, c_int32)),
     "xv_guest_announce": (None, (c_void_p, c_char_p)),
     "xv_guest_learned": (c_uint32, (c_void_p, POINTER(LearnedConf), c_uint32)),
+    "xv_guest_bytes": (c_uint64, (c_void_p,)),
+    "xv_vring_bytes": (c_uint64, ()),
+    "xv_xsk_bytes": (c_uint64, ()),
+    "xv_packet_bytes": (c_uint64, ()),
     "xv_guest_forget": (None, (c_void_p, c_char_p, c_uint16)),
     "xv_mem_new": (c_int32, (POINTER(RegionConf), c_uint32, c_void_p, POINTER(c_void_p))),
     "xv_mem_free": (None, (c_void_p,)),
@@ -600,6 +604,11 @@ class GuestPort(_Native):
         super().__init__(handle)
         self.name = name
         self.max_pairs = max_pairs
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of its counters, rules and table of learned addresses."""
+        return int(library().xv_guest_bytes(self.handle))
 
     def rx_counters(self, pair: int) -> RxCounters:
         """Live counters of frames towards the guest."""

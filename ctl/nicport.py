@@ -43,6 +43,11 @@ class NicPort(Protocol):
     def queues(self) -> Sequence[Nicq]: ...
 
     @property
+    def umem_bytes(self) -> int:
+        """Of the frames of all queues; 0 without AF_XDP."""
+        ...
+
+    @property
     def taps(self) -> Sequence[Tapq]:
         """Instead of `queues`."""
         ...

@@ -15,6 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -452,6 +453,7 @@ def describe_guest(entry: GuestEntry) -> dict[str, Any]:
         "features": f"{entry.features:#x}",
         "feature_names": feature_names(entry.features),
         "pairs_in_use": port.ctrl.pairs,
+        "memory": asdict(entry.memory_use),
         "reconnects": entry.reconnects,
         "protocol_errors": {str(reason): count for reason, count in entry.protocol_errors.items() if count},
         "rx": {

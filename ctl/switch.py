@@ -40,6 +40,7 @@ from .datapath import (
 from .errors import ConfigError, XdpvhostError
 from .hostport import HostPort, address_for
 from .learning import RESULTS
+from .memoryuse import MemoryUse, compute_memory_use
 from .pools import Key, Place
 from .spec_policy import check_mtu, describe_vlans
 from .vhost.errors import ProtocolError, RequestRefused, Violation
@@ -128,6 +129,10 @@ class GuestEntry:
     @property
     def mtu(self) -> int:
         return self.nic.mtu
+
+    @property
+    def memory_use(self) -> MemoryUse:
+        return compute_memory_use(self, self._switch.guests.values())
 
     @property
     def reconnects(self) -> int:

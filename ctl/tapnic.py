@@ -122,6 +122,10 @@ class TapNic:
         return len(self.taps)
 
     @property
+    def umem_bytes(self) -> int:
+        return 0
+
+    @property
     def facts(self) -> dict[str, Any]:
         return {
             "tap": self._tap.name,

@@ -105,11 +105,12 @@ def port_table(guests: Sequence[Mapping[str, Any]]) -> Table | None:
             _checks(guest),
             *(_limit(guest["limits"][way]) for way in ("tx", "rx", "storm")),
             "on" if guest["link"] else "off",
+            f"{(guest['memory']['data_plane'] + guest['memory']['socket_rings']) // 1024} KiB",
         )
         for guest in guests
         if "vlans" in guest
     ]
-    columns = ("guest", "in", "macs", "checked", "tx limit", "rx limit", "storm limit", "link")
+    columns = ("guest", "in", "macs", "checked", "tx limit", "rx limit", "storm limit", "link", "memory")
     return table("pools and policy", columns, rows) if rows else None
 
 

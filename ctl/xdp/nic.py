@@ -189,6 +189,10 @@ class Nic:
         return len(self.queues)
 
     @property
+    def umem_bytes(self) -> int:
+        return sum(sockets.memory.size for sockets in self._sockets)
+
+    @property
     def promiscuous(self) -> bool:
         """Whether the NIC's filter refused a guest's address, so that it takes everything."""
         return self._filter.promiscuous

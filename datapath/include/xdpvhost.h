@@ -394,6 +394,8 @@ XV_API int xv_guest_mac_answer(struct xv_guest *guest, int granted);
  */
 XV_API uint32_t xv_guest_learned(struct xv_guest *guest, struct xv_learned *out, uint32_t n);
 XV_API void xv_guest_forget(struct xv_guest *guest, const uint8_t mac[6], uint16_t vlan); /* it is too old, or another's */
+/* Bytes that it takes: counters, rules and table of learned addresses. Without rings and sockets. */
+XV_API uint64_t xv_guest_bytes(const struct xv_guest *guest);
 XV_API void xv_guest_announce(struct xv_guest *guest, const uint8_t mac[6]); /* send a RARP for it on the uplink */
 
 XV_API int xv_mem_new(const struct xv_region *regions, uint32_t count, struct xv_guest *guest, struct xv_mem **out);
@@ -402,6 +404,7 @@ XV_API void xv_mem_free(struct xv_mem *mem);
 /* -EINVAL: size, alignment, base or in-flight part; -EFAULT: a part of the ring is not inside one region; -ENOMEM */
 XV_API int xv_vring_new(struct xv_mem *mem, const struct xv_vring_conf *conf, struct xv_vring **out);
 XV_API void xv_vring_free(struct xv_vring *vring);
+XV_API uint64_t xv_vring_bytes(void); /* that one takes here; the ring itself is the guest's memory */
 XV_API uint32_t xv_vring_base(const struct xv_vring *vring); /* where to go on, as xv_vring_conf.base */
 XV_API uint32_t xv_inflight_size(uint32_t num, int packed);   /* bytes of one ring's part of an in-flight region */
 /* Interrupt through call_fd from now on, and once at once; then xv_quiesce() before the old one is closed. */
@@ -419,6 +422,7 @@ XV_API void xv_nicq_free(struct xv_nicq *nicq);
 XV_API const struct xv_nicq_counters *xv_nicq_counters(const struct xv_nicq *nicq);
 XV_API int xv_xsk_new(struct xv_nicq *nicq, const struct xv_xsk_conf *conf, struct xv_xsk **out);
 XV_API void xv_xsk_free(struct xv_xsk *xsk); /* before its nicq: frames in the ring go back to the fill ring */
+XV_API uint64_t xv_xsk_bytes(void); /* that one takes; its ring is the kernel's memory */
 XV_API const struct xv_xsk_counters *xv_xsk_counters(const struct xv_xsk *xsk);
 /* -EINVAL: the descriptor may block, or header_len; -EBADF */
 XV_API int xv_tapq_new(const struct xv_tapq_conf *conf, struct xv_tapq **out);
@@ -426,6 +430,7 @@ XV_API void xv_tapq_free(struct xv_tapq *tap);
 XV_API const struct xv_tapq_counters *xv_tapq_counters(const struct xv_tapq *tap);
 XV_API int xv_packet_new(int fd, struct xv_packet **out); /* AF_PACKET socket, PACKET_VNET_HDR and PACKET_AUXDATA on */
 XV_API void xv_packet_free(struct xv_packet *packet);
+XV_API uint64_t xv_packet_bytes(void); /* that one takes, room for frames included */
 XV_API const struct xv_packet_counters *xv_packet_counters(const struct xv_packet *packet);
 
 /* ---- captures ---- */

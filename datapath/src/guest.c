@@ -129,6 +129,12 @@ void xv_guest_set_pairs(struct xv_guest *guest, uint32_t pairs)
 	store_once(&guest->ctrl.pairs, MIN(MAX(pairs, 1u), guest->max_pairs));
 }
 
+uint64_t xv_guest_bytes(const struct xv_guest *guest)
+{
+	return sizeof(*guest) + guest->max_pairs * sizeof(guest->queues[0]) +
+	       (guest->learned ? learned_bytes(guest->learned) : 0);
+}
+
 int xv_guest_mac_asks(const struct xv_guest *guest)
 {
 	return load_once(&guest->mac_state) == MAC_ASKED;

@@ -104,6 +104,11 @@ void learned_free(struct learned *table)
 	free(table);
 }
 
+uint64_t learned_bytes(const struct learned *table)
+{
+	return sizeof(*table) + ((uint64_t)table->mask + 1) * sizeof(table->lines[0]);
+}
+
 uint32_t learned_most(const struct learned *table)
 {
 	return table->most;

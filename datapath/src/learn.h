@@ -23,6 +23,7 @@ struct learned; /* a table */
 struct learned *learned_new(uint32_t most, const struct learned *old);
 void learned_free(struct learned *table);
 uint32_t learned_most(const struct learned *table);
+uint64_t learned_bytes(const struct learned *table);
 
 /* What was found of a source address, or done about it. */
 enum learning { LEARN_KNOWN, LEARN_NEW, LEARN_FULL };

@@ -208,6 +208,11 @@ void xv_packet_free(struct xv_packet *packet)
 	free(packet);
 }
 
+uint64_t xv_packet_bytes(void)
+{
+	return sizeof(struct xv_packet) + (uint64_t)SLOTS * (SLOT_BYTES + sizeof(struct packet_slot) + sizeof(struct xv_view));
+}
+
 const struct xv_packet_counters *xv_packet_counters(const struct xv_packet *packet)
 {
 	return &packet->counters;

@@ -372,6 +372,11 @@ void xv_vring_free(struct xv_vring *vr)
 	free(vr);
 }
 
+uint64_t xv_vring_bytes(void)
+{
+	return sizeof(struct xv_vring);
+}
+
 uint32_t xv_vring_base(const struct xv_vring *vr)
 {
 	/* packed: the place of the next available descriptor and that of the next used one; split: the former */

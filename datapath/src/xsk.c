@@ -487,6 +487,11 @@ void xv_xsk_free(struct xv_xsk *xsk)
 	free(xsk);
 }
 
+uint64_t xv_xsk_bytes(void)
+{
+	return sizeof(struct xv_xsk);
+}
+
 const struct xv_xsk_counters *xv_xsk_counters(const struct xv_xsk *xsk)
 {
 	return &xsk->counters;

@@ -21,6 +21,7 @@ from xdpvhost.datapath import (
     WorkerCounters,
     XskCounters,
 )
+from xdpvhost.memoryuse import MemoryUse
 from xdpvhost.metrics.declared import XSK_STATISTICS
 from xdpvhost.pools import Place
 from xdpvhost.xdp.maps import GUEST_VERDICTS, HOST_VERDICTS
@@ -55,6 +56,7 @@ class FakeNic:
     gone: bool = False
     mtu: int = 1500
     nr_queues: int = 2
+    umem_bytes: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     slots: list[int] = field(default_factory=list)
 
@@ -96,6 +98,7 @@ class FakeEntry:
         self.name = self.spec.name
         self.port = FakePort(self.name, self.spec.queues)
         self.xsks = [FakeCounted(XskCounters()) for _ in range(self.nic.nr_queues)]
+        self.memory_use = MemoryUse(4096, 32768, 0)
         self.protocol_errors: Counter[str] = Counter()
         self.place = Place(self.spec, Addresses(self.spec.mac))
         self.listens_to = self.place.macs

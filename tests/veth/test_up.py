@@ -128,6 +128,10 @@ def test_status_and_stats(host: Host) -> None:
         guests = {guest["name"]: guest for guest in status["guests"]}
         assert (guests["vm1"]["queues"], guests["vm2"]["queues"]) == (1, 2)
         assert not guests["vm1"]["connected"]
+        one, two = (guests[name]["memory"] for name in ("vm1", "vm2"))
+        assert one["socket_rings"] == two["socket_rings"] == QUEUES * 1024 * 16
+        assert one["umem_share"] == QUEUES * facts["umem_bytes"] // 2
+        assert 1024 < one["data_plane"] < two["data_plane"]  # two pairs have two sets of counters
         text = daemon.cli("status")
         assert "asked" in text
         assert "in use" in text
