@@ -89,6 +89,7 @@ struct hostile {
 	struct ring ring[RINGS];
 	struct xv_region regions[REGIONS];
 	uint64_t features;
+	struct xv_policy_conf policy; /* flags 0 and so on: none */
 	uint32_t base[RINGS]; /* where its rings begin: packed ones */
 	bool isolated;
 	int call;
@@ -137,6 +138,26 @@ static inline uint64_t in_features(struct input *in)
 	return features;
 }
 
+/* What a byte of input makes of the hostile guest's policy: 0 is none. */
+static inline struct xv_policy_conf in_policy(uint8_t how)
+{
+	static const struct xv_ip addresses[2] = {{{10, 0, 0, 2}, 4}, {{0xfd, [15] = 2}, 6}};
+	static const uint64_t trunk[64] = {1u << 5 | 1u << 6};
+	struct xv_policy_conf policy = {.flags = how & 7, .addresses = (uintptr_t)addresses, .nr_addresses = 2};
+
+	if (how & 8)
+		policy.access = 5;
+	else if (how & 16)
+		policy.trunk = (uintptr_t)trunk;
+	if (how & 32)
+		policy.learn = 2;
+	if (how & 64)
+		policy.storm = (struct xv_bucket_conf){1, 3};
+	if (how & 128)
+		policy.tx = policy.rx = (struct xv_bucket_conf){1, 3000};
+	return policy;
+}
+
 static inline void publish(bool with_hostile)
 {
 	struct hostile *h = &f.hostile;
@@ -164,6 +185,7 @@ static inline void publish(bool with_hostile)
 			.xsks = (uintptr_t)xsks,
 			.nr_xsks = g == 0, /* the NIC's frames are the hostile guest's */
 			.features = g ? f.peer[g - 1].features : h->features,
+			.policy = g ? 0 : (uintptr_t)&h->policy,
 			.ctrl = g ? XV_NO_RING : CTRL,
 			.max_pairs = 2,
 		};
@@ -339,7 +361,8 @@ static inline void check_hostile(void)
 	n = check_used(TX, h->isolated, &bytes);
 	CHECK_EQ(bytes, 0);
 	CHECK_EQ(tx->packets - h->tx_packets, n);
-	CHECK(tx->bytes - h->tx_bytes <= (uint64_t)n * NET_MAX_FRAME);
+	CHECK(tx->bytes - h->tx_bytes <= (uint64_t)n * (NET_MAX_FRAME + 4)); /* an access port's tag */
+	CHECK(xv_guest_learned(h->guest, NULL, 0) <= h->policy.learn);
 	n = check_used(CTRL, h->isolated, &bytes);
 	CHECK(bytes <= n);
 	for (uint32_t i = 0; i < XV_CTRL_CLASSES; i++)
@@ -372,6 +395,18 @@ static inline bool turn(void)
 	return busy;
 }
 
+/* Whether the hostile guest has sent all that it may; then it may send again. */
+static inline bool unpause(void)
+{
+	struct hostile *h = &f.hostile;
+
+	if (!h->ring[TX].vr || !h->ring[TX].vr->not_before)
+		return false;
+	h->ring[TX].vr->not_before = 0;
+	h->guest->tx.in_force->spent = bucket_earned(h->guest->tx.in_force, cycles_now());
+	return true;
+}
+
 /* Whoever waits gives up; turns until nothing is left to do. */
 static inline void settle(void)
 {
@@ -384,8 +419,10 @@ static inline void settle(void)
 		h->ring[TX].vr->patience.left = 0;
 	if (h->guest)
 		h->guest->work.deadline = 0;
-	while (turn())
-		CHECK(++turns < 10000);
+	do {
+		while (turn())
+			CHECK(++turns < 10000);
+	} while (unpause());
 	for (uint32_t i = 0; i < 2; i++)
 		CHECK_EQ(f.peer[i].ring[TX].used->idx, f.peer[i].ring[TX].avail->idx);
 	if (h->isolated && h->ring[TX].vr && h->guest->fault.code == XV_FAULT_NONE) {

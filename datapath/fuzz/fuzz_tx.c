@@ -4,9 +4,16 @@
  *
  * The input is a configuration (features, ring size, where the indices begin) and then a list of actions of the hostile
  * guest: descriptors and indirect tables field by field, avail entries, whole frames laid out well, raw bytes, and turns
- * of the worker in between. Frames go to both other guests, to everyone and to the NIC. See fuzz.h for what must hold.
+ * of the worker in between. Frames go to both other guests, to everyone and to the NIC, if its policy lets them, which is
+ * part of the configuration. See fuzz.h for what must hold.
  */
 #include "fuzz.h"
+
+/* TCP from 10.0.0.2; a neighbour solicitation from fd00::2, behind options, cut off. */
+static const uint8_t ip_headers[2][44] = {
+	{8, 0, 0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0, 10, 0, 0, 2, 10, 0, 0, 1, 0xd4, 0x31, 0, 80},
+	{0x86, 0xdd, 0x60, 0, 0, 0, 0, 40, 60, 255, 0xfd, [25] = 2, 0xff, 2, [41] = 1, 58, 0},
+};
 
 /* A frame with a header, well laid out; the fuzzer chooses where it goes, how long it is and what the header asks for. */
 static void op_send(struct input *in)
@@ -24,6 +31,12 @@ static void op_send(struct input *in)
 	make_frame(bytes + header, 64, mac, hostile_mac, to);
 	if (to & 16)
 		memcpy(bytes + header + 12, "\x81\x00\x00\x05\x81\x00\x00\x06\x08\x00", 10);
+	if (to & 32)
+		bytes[header + 11] = in8(in);
+	if (to & 64) /* headers that the guard of IP addresses reads */
+		memcpy(bytes + header + (to & 16 ? 16 : 12), ip_headers[to >> 7], sizeof(ip_headers[0]));
+	if (what & 16)
+		bytes[header + 12 + in8(in) % 52] = in8(in);
 	if (what & 1) {
 		hdr.flags = (uint8_t)(what >> 1 & 3);
 		hdr.csum_start = in16(in);
@@ -102,6 +115,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	uint64_t features = in_features(&in);
 	uint8_t how = in8(&in);
 
+	f.hostile.policy = in_policy(how & 0x40 ? in8(&in) : 0);
 	hostile_start(features, 1u << how % 8, in16(&in), how & 0x80);
 	while (in.left)
 		act(&in);
