@@ -4,7 +4,8 @@
  * program alone prints cycles. Kernel and guest are played here and not counted: only worker_turn() is.
  *
  *     build/cost WAY BYTES ROUNDS [POLICY]    WAY: in (NIC to guest) or out (guest to NIC)
- *                                             POLICY: checked (source addresses), access (that and a VLAN)
+ *                                             POLICY: checked (source addresses), access (that and a VLAN), learns
+ *                                             (that and a learned address), guarded (that and IP), limited (bytes)
  *     build/cost beside RINGS ROUNDS    frames in one of so many rings (tests/bank.h), the others have been quiet for a while
  */
 #include "bank.h"
@@ -48,6 +49,28 @@ static int beside(uint32_t nr, uint32_t rounds)
 	return 0;
 }
 
+static const uint8_t learned[6] = {2, 0, 0, 0, 0, 7};
+static const struct xv_ip address = {{10, 0, 0, 2}, 4};
+/* from that address */
+static const uint8_t tcp[] = {8, 0, 0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 2, 10, 0, 0, 1};
+
+static const struct xv_policy_conf *policy_of(const char *name)
+{
+	static struct xv_policy_conf policy;
+
+	policy.flags = strcmp(name, "limited") ? XV_POLICY_SPOOF_CHECK : 0;
+	policy.access = !strcmp(name, "access") ? 10 : 0;
+	policy.learn = !strcmp(name, "learns") ? 8 : 0;
+	if (!strcmp(name, "limited"))
+		policy.tx = policy.rx = (struct xv_bucket_conf){1ull << 36, 1ull << 36}; /* which is never reached */
+	if (!strcmp(name, "guarded")) {
+		policy.flags |= XV_POLICY_IP_CHECK;
+		policy.addresses = (uintptr_t)&address;
+		policy.nr_addresses = 1;
+	}
+	return &policy;
+}
+
 int main(int argc, char **argv)
 {
 	const bool in = argc > 1 && !strcmp(argv[1], "in");
@@ -56,7 +79,6 @@ int main(int argc, char **argv)
 	uint64_t cycles = 0, frames;
 	struct driver *d;
 	struct ring *r;
-	const struct xv_policy_conf checked = {.flags = XV_POLICY_SPOOF_CHECK}, access = {.flags = 1, .access = 10};
 	const char *policy = argc > 4 ? argv[4] : "";
 	struct world w;
 
@@ -65,7 +87,7 @@ int main(int argc, char **argv)
 	CHECK(len >= 14 && len <= CHUNK - 256);
 	world_init(&w, 1, FEATURES | 1ull << VIRTIO_NET_F_MRG_RXBUF, RING, 0);
 	if (*policy) {
-		w.policies[0] = !strcmp(policy, "access") ? &access : &checked;
+		w.policies[0] = policy_of(policy);
 		world_publish(&w);
 	}
 	d = &w.guests[0];
@@ -77,7 +99,9 @@ int main(int argc, char **argv)
 		if (w.policies[0] && w.policies[0]->access)
 			memcpy(frame + 12, (uint8_t[]){0x81, 0, 0, 10}, 4);
 	} else {
-		make_frame(frame, len, (uint8_t[]){2, 0, 0, 0, 0, 9}, d->mac, 1);
+		make_frame(frame, len, (uint8_t[]){2, 0, 0, 0, 0, 9}, strcmp(policy, "learns") ? d->mac : learned, 1);
+		if (!strcmp(policy, "guarded"))
+			memcpy(frame + 12, tcp, sizeof(tcp));
 		for (uint32_t i = 0; i < XV_BURST; i++)
 			driver_send(d, frame, len);
 	}
