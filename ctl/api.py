@@ -304,8 +304,10 @@ class Session:
         """One answer; what there was when the connection ended before it did."""
         parts = [self._unread]
         while b"\n" not in parts[-1]:
-            data, fds, _flags, _address = socket.recv_fds(self._socket, MAX_LINE, 1, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _flags, _address = socket.recv_fds(self._socket, MAX_LINE, 1)
             self._fds += fds
+            for fd in fds:
+                os.set_inheritable(fd, False)  # recv_fds ignores MSG_CMSG_CLOEXEC
             if not data:
                 break
             parts.append(data)

@@ -752,7 +752,8 @@ class CaptureReader(_Native):
     def blocks(self, buffer: ctypes.Array[Any], frames: int) -> int:
         """Put up to `frames` wanted frames into `buffer` as blocks of pcapng; the bytes that they take.
 
-        0: there is none yet. The buffer has room for the largest frame, 70000 bytes.
+        0: there was none; `counters.seen` tells whether there were others. The buffer has room for the largest frame,
+        70000 bytes.
         """
         done: int = library().xv_capread_blocks(self.handle, buffer, len(buffer), frames)
         _check(min(done, 0), "the daemon's capture")
@@ -885,6 +886,7 @@ class Datapath:
         _check(self._lib.xv_dp_new(byref(conf), byref(handle)), f"cannot make a data plane with {workers} workers")
         self._handle: c_void_p | None = handle
         self.workers = workers
+        self.cpus: list[int] = []  # of the workers, when they have been started
         self.poll = poll
         self.event_fd = int(self._lib.xv_dp_event_fd(handle))
         self._threads: list[threading.Thread] = []
@@ -904,6 +906,7 @@ class Datapath:
         cpus = sorted(os.sched_getaffinity(0))
         for index in range(self.workers):
             cpu = cpus[-1 - index % len(cpus)]
+            self.cpus.append(cpu)
             thread = threading.Thread(target=self._run, args=(index, cpu), name=f"xdpvhost-{index}", daemon=True)
             thread.start()
             self._threads.append(thread)

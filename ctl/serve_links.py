@@ -186,10 +186,16 @@ class LinkService:
         return samples
 
     def handlers(self) -> Mapping[str, Handler]:
-        return {"rebalance": self._no_workers}
+        return {"rebalance": self._no_workers, "capture-start": self._no_capture}
 
     async def _no_workers(self, _: Params) -> NoReturn:
         raise ConfigError(f"the daemon is in mode {self._config.mode}: it has no workers, the kernel moves the frames")
+
+    async def _no_capture(self, _: Params) -> NoReturn:
+        raise ConfigError(
+            f"capture: in mode {self._config.mode} frames don't pass the data plane; `tcpdump -i DEVICE` shows them, "
+            "and `xdpvhost guest list` has the devices"
+        )
 
 
 def leftover_needs(journal: Journal) -> Needs:

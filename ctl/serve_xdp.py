@@ -405,7 +405,7 @@ class XdpService:
         return [{"guest": entry.name, "from": old, "to": new} for entry, (old, new) in moves.items()]
 
     async def _api_capture_start(self, params: Params) -> Held:
-        return self._captures.start(params)
+        return await self._captures.start(params)
 
     async def _api_capture_stop(self, params: Params) -> Mapping[str, Any]:
         return self._captures.stop(params)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`xdpvhost capture`: start it, write what comes, end it, say how much it was.
 
-The command reads in turns: all that is there, then a short sleep. It gives way to everybody else (`nice`): when the
-machine is short of time, the capture loses frames, and not the guests.
+The command reads in turns: all that is there, then a short sleep. It keeps off the workers' CPUs where there are
+others, and gives way to everybody else (`nice`): when the machine is short of time, the capture loses frames, and not
+the guests.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -116,6 +117,14 @@ def _until_interrupted(stack: contextlib.ExitStack) -> Callable[[], bool]:
     return lambda: bool(signals)
 
 
+def _give_way(worker_cpus: Collection[int]) -> None:
+    """Nice alone does not do it: it counts within a session or control group, and the daemon is in another."""
+    os.nice(NICE)
+    with contextlib.suppress(OSError):
+        if others := os.sched_getaffinity(0).difference(worker_cpus):
+            os.sched_setaffinity(0, others)
+
+
 class _Capture:
     """One that has begun."""
 
@@ -143,7 +152,7 @@ class _Capture:
         end = None if wishes.seconds is None else time.monotonic() + wishes.seconds
         what = f"{self._facts['kind']} {self._facts['port']!r}"
         log.info("capturing %s%s", what, f", filter {wishes.expression}" if wishes.expression else "")
-        os.nice(NICE)
+        _give_way(self._facts["worker_cpus"])
         unforeseen: DaemonError | None = None
         try:
             if wishes.output is not None:
@@ -192,16 +201,16 @@ class _Capture:
         while self._left and self._read():
             pass
 
-    def _read(self) -> int:
-        """One turn; bytes of blocks."""
-        before = self._reader.counters.taken
-        bytes_ = self._reader.blocks(self._buffer, self._left)
-        taken = self._reader.counters.taken - before
-        if bytes_:
-            self._sink.write(memoryview(self._buffer).cast("B")[:bytes_])
-            self._frames += taken
-        self._left -= taken
-        return bytes_
+    def _read(self) -> bool:
+        """One turn; whether there was anything, wanted or not."""
+        counters = self._reader.counters  # live
+        seen, taken = counters.seen, counters.taken
+        length = self._reader.blocks(self._buffer, self._left)
+        if length:
+            self._sink.write(memoryview(self._buffer).cast("B")[:length])
+            self._frames += counters.taken - taken
+        self._left -= counters.taken - taken
+        return bool(counters.seen != seen)
 
     def _summary(self) -> None:
         counters = self._reader.counters

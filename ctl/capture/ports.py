@@ -7,6 +7,7 @@ one (`tee`). A capture ends when its command says so or its connection ends, or 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -70,7 +71,7 @@ class Captures:
         self._switch = switch
         self._lock = lock
 
-    def start(self, params: Params) -> Held:
+    async def start(self, params: Params) -> Held:
         """API method capture-start.
 
         `port`: guest:NAME, iface:NAME, or a name that only one of them has; `buffer`: bytes of the ring, a power of
@@ -81,19 +82,18 @@ class Captures:
         pid = _number(params, "pid", 0, 1 << 31)
         if size & (size - 1):
             raise ConfigError(f"api request: buffer={size} is no power of two")
-        known, what = self._switch.captured(port), f"{kind} {self._name(port)!r}"
-        if known.running is not None:
-            raise ConfigError(
-                f"{what} is being captured already, by process {known.running.pid}; end that, or read its output twice "
-                "(tee)"
-            )
-        memory, fd = CaptureMemory.make(size)
+        what = f"{kind} {self._name(port)!r}"
+        self._check_free(port, what)
+        memory, fd = await asyncio.to_thread(CaptureMemory.make, size)  # a GiB takes some tenths of a second
         try:
+            kind, port = self._find(_text(params, "port"))  # it may have gone meanwhile
+            self._check_free(port, what)
             native = Capture(memory.address, memory.size, snaplen)
         except BaseException:
             memory.close()
             os.close(fd)
             raise
+        known = self._switch.captured(port)
         running = Running(native, memory, pid, snaplen, time.monotonic())
         try:
             with self._lock:
@@ -117,8 +117,15 @@ class Captures:
                 except XdpvhostError as exc:
                     log.error("%s: its capture could not be ended: %s", what, exc)
 
-        facts = {"port": self._name(port), "kind": kind, **self._facts_of(port)}
+        facts = {"port": self._name(port), "kind": kind, "worker_cpus": self._switch.dp.cpus, **self._facts_of(port)}
         return Held(facts, fd, end)
+
+    def _check_free(self, port: GuestEntry | NicPort, what: str) -> None:
+        running = self._switch.captured(port).running
+        if running is not None:
+            raise ConfigError(
+                f"{what} is being captured already, by process {running.pid}; end that, or read its output twice (tee)"
+            )
 
     def stop(self, params: Params) -> dict[str, Any]:
         """API method capture-stop: when it is answered, all that was captured is in the ring. The numbers of it."""

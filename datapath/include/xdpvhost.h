@@ -458,8 +458,9 @@ struct xv_capread_conf {
 XV_API int xv_capread_new(const struct xv_capread_conf *conf, struct xv_capread **out);
 XV_API void xv_capread_free(struct xv_capread *reader);
 /*
- * Read up to `frames` wanted frames and write each as an Enhanced Packet Block of pcapng to out[0..room): bytes written, 0 when
- * there is none yet, or no room: 70000 bytes are enough for any. -EBADMSG: the ring is damaged
+ * Read up to `frames` wanted frames and write each as an Enhanced Packet Block of pcapng to out[0..room): bytes written. 0:
+ * there was none (`seen` tells whether there were others), or no room: 70000 bytes are enough for any. It looks at half of
+ * the ring at most. -EBADMSG: the ring is damaged
  */
 XV_API int64_t xv_capread_blocks(struct xv_capread *reader, void *out, uint64_t room, uint64_t frames);
 XV_API int xv_capread_ended(const struct xv_capread *reader); /* whether nothing comes after what is there */

@@ -126,10 +126,12 @@ static void tell(struct xv_capread *reader)
 
 int64_t xv_capread_blocks(struct xv_capread *reader, void *out, uint64_t room, uint64_t frames)
 {
+	const uint64_t begin = reader->tail;
 	const struct capture_record *record;
 	uint64_t done = 0;
 
-	while (frames && (record = next_record(reader))) {
+	/* not for ever, when frames come as fast as they are found not to be wanted */
+	while (frames && reader->tail - begin < reader->size / 2 && (record = next_record(reader))) {
 		const uint64_t left = reader->size - (reader->tail & (reader->size - 1));
 
 		if (record->flags & CAPTURE_FILLER) {

@@ -86,7 +86,18 @@ static uint32_t blocks(int64_t bytes)
 
 static int64_t take_all(void)
 {
-	return xv_capread_blocks(reader, out, ROOM, UINT64_MAX);
+	const struct xv_capread_counters *counters = xv_capread_counters(reader);
+	int64_t bytes = 0, more;
+	uint64_t seen;
+
+	do {
+		seen = counters->seen;
+		more = xv_capread_blocks(reader, out + bytes, ROOM - (uint64_t)bytes, UINT64_MAX);
+		if (more < 0)
+			return more;
+		bytes += more;
+	} while (counters->seen != seen);
+	return bytes;
 }
 
 /* The value of an option of the first block, or NULL. */
@@ -267,6 +278,12 @@ static uint32_t only_odd(const void *program, const uint8_t *bytes, uint32_t len
 	return len & 1;
 }
 
+static uint32_t nothing(const void *program, const uint8_t *bytes, uint32_t len, uint32_t kept)
+{
+	(void)program, (void)bytes, (void)len, (void)kept;
+	return 0;
+}
+
 static void test_what_is_not_wanted(void)
 {
 	struct xv_capread_conf conf;
@@ -296,6 +313,18 @@ static void test_what_is_not_wanted(void)
 	CHECK_EQ(xv_capread_new(&conf, &other), 0);
 	put(60, CAPTURE_TO, XV_DROP_FILTERED);
 	CHECK_EQ(blocks(xv_capread_blocks(other, out, ROOM, UINT64_MAX)), 1);
+	xv_capread_free(other);
+
+	/* however much there is, some of it is looked at in one call, and the rest in others */
+	conf = both();
+	conf.filter = (uintptr_t)nothing;
+	CHECK_EQ(xv_capread_new(&conf, &other), 0);
+	for (uint32_t i = 0; i < 200; i++)
+		put(1000, CAPTURE_TO, CAPTURE_FATES);
+	CHECK_EQ(xv_capread_blocks(other, out, ROOM, UINT64_MAX), 0);
+	CHECK(xv_capread_counters(other)->seen > 50 && xv_capread_counters(other)->seen < 150);
+	CHECK_EQ(xv_capread_blocks(other, out, ROOM, UINT64_MAX), 0);
+	CHECK_EQ(xv_capread_counters(other)->seen, 212);
 	xv_capread_free(other);
 	end();
 }

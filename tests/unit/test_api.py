@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import stat
 from collections.abc import AsyncIterator
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from support.process import wait_for
 from xdpvhost import api
-from xdpvhost.api import MAX_LINE, ApiServer, Params, text_param
-from xdpvhost.errors import ConfigError, DaemonError, DatapathError, NicError, XdpvhostError
+from xdpvhost.api import MAX_LINE, ApiServer, Held, Params, text_param
+from xdpvhost.errors import ConfigError, DaemonError, DatapathError, NicError, OutputError, XdpvhostError
 
 
 async def _echo(params: Params) -> Any:
@@ -212,8 +214,66 @@ def test_a_silent_daemon_times_out(tmp_path: Path) -> None:
             api.call(tmp_path, "status", timeout=0.1)
 
 
+async def test_an_answer_with_a_descriptor_lasts_as_long_as_its_connection(tmp_path: Path) -> None:
+    """The client has the descriptor, further requests work, and the end is told once, however it comes."""
+    ends: list[str] = []
+
+    async def hold(params: Params) -> Held:
+        fd = os.memfd_create("held")
+        os.write(fd, str(params["name"]).encode())
+        return Held({"name": params["name"]}, fd, lambda: ends.append(str(params["name"])))
+
+    async def echo(params: Params) -> Any:
+        return dict(params)
+
+    server = ApiServer(tmp_path, {"hold": hold, "echo": echo})
+    await server.start()
+
+    def client(name: str) -> None:
+        with api.Session(tmp_path) as session:
+            assert session.call("echo", {"x": 1}) == {"x": 1}
+            assert session.call("hold", {"name": name}) == {"name": name}
+            assert session.call("echo", {"x": 2}) == {"x": 2}
+            fd = session.take_fd()
+            assert not os.get_inheritable(fd)
+            assert os.pread(fd, 99, 0) == name.encode()
+            os.close(fd)
+            assert ends == [n for n in ("a", "b") if n < name]
+
+    before = len(os.listdir("/proc/self/fd"))
+    for name in ("a", "b"):
+        await asyncio.to_thread(client, name)
+        await asyncio.to_thread(wait_for, lambda name=name: name in ends, 5, "the end to be told")
+    assert ends == ["a", "b"]
+    assert len(os.listdir("/proc/self/fd")) == before
+    await server.close()
+
+
+async def test_a_client_that_reads_nothing_gets_no_descriptor(tmp_path: Path) -> None:
+    """Its unread answers fill the socket, and then the connection ends: nobody waits for it."""
+    ends: list[int] = []
+
+    async def hold(_: Params) -> Held:
+        return Held("x" * 4096, os.memfd_create("held"), lambda: ends.append(1))
+
+    server = ApiServer(tmp_path, {"hold": hold})
+    await server.start()
+    before = len(os.listdir("/proc/self/fd"))
+    reader, writer = await asyncio.open_unix_connection(str(server.path))
+    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    count = 0
+    while not ends:
+        writer.write(b'{"method": "hold"}\n')
+        count += 1
+        await asyncio.sleep(0.001)
+    assert len(ends) <= count < 10000
+    writer.close()
+    await asyncio.to_thread(wait_for, lambda: len(os.listdir("/proc/self/fd")) <= before, 5, "descriptors to be closed")
+    await server.close()
+
+
 def test_every_error_of_ours_has_its_own_exit_code() -> None:
-    kinds: list[type[XdpvhostError]] = [ConfigError, NicError, DatapathError, DaemonError]
+    kinds: list[type[XdpvhostError]] = [ConfigError, NicError, DatapathError, DaemonError, OutputError]
     assert len({kind.exit_code for kind in kinds} | {XdpvhostError.exit_code, 0}) == len(kinds) + 2
 
 

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a capture at full speed costs the other ports of the same worker, and that its own loss is counted."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from support.daemon import PROGRAM, Daemon
+from support.frontend import F_PROTOCOL, F_VERSION_1, NetDevice
+from support.netns import World
+from support.process import wait_for
+from support.virtqueue import DESC_WRITE, NO_INTERRUPT
+from xdpvhost.compare import native
+
+MACS = [f"52:54:00:00:00:0{number}" for number in range(1, 5)]
+RING, BUFFER, HEADER = 1024, 2048, 12
+SECONDS = 0.3
+ROUNDS = 5
+MOST = 1.6  # of the cycles a frame without: 8/7, and what caches add
+
+
+class FastGuest(NetDevice):
+    """A front-end whose rings the native driver turns."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, features=F_VERSION_1 | F_PROTOCOL, queue_size=RING, memory_size=8 << 20)
+
+    def fill(self, index: int, frame: bytes | None) -> None:
+        """Every descriptor with a buffer: of one frame to send, or empty to receive."""
+        queue = self.queues[index]
+        self.memory.set_u16(queue.avail, NO_INTERRUPT)  # it polls
+        start = self.memory.alloc(RING * BUFFER, 4096)
+        for i in range(RING):
+            gpa = start + i * BUFFER
+            if frame is None:
+                queue.write_desc(i, gpa, BUFFER, DESC_WRITE, 0)
+            else:
+                self.memory.write(gpa, bytes(HEADER) + frame)
+                queue.write_desc(i, gpa, HEADER + len(frame), 0, 0)
+            queue.push(i)
+
+    def ring(self, index: int) -> native.Ring:
+        queue = self.queues[index]
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory.map))
+        return native.Ring(
+            avail=base + queue.avail - self.memory.gpa,
+            used=base + queue.used - self.memory.gpa,
+            num=RING,
+            kick_fd=queue.kick_fd,
+            kind=native.SPLIT,
+            notifier=native.EVENTFD,
+            offered=queue.avail_idx,
+        )
+
+    def close(self) -> None:
+        self.front.close()  # the mapping stays: the driver's addresses point into it
+
+
+@contextmanager
+def on_cpu(cpu: int) -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize("size", [64, 1500])
+def test_the_other_ports_of_its_worker_keep_their_time(
+    world: World, measured: Callable[[str], None], size: int
+) -> None:
+    """vm1 sends to vm2 and vm3 to vm4, as fast as one worker can; vm1 is captured.
+
+    What the driver sees depends on who shares its CPU. What counts is the worker's time for a frame: an eighth of it is
+    all that a capture may take, whether its command reads or not.
+    """
+    nic, net = world.namespace("nic"), world.namespace("net")
+    world.veth(nic, "nic0", net, "net0", queues=1)
+    guests = [f"name=vm{number + 1},mac={mac}" for number, mac in enumerate(MACS)]
+    with Daemon(nic, iface="nic0", guests=guests, options=["--poll", "busy"]) as daemon, ExitStack() as stack:
+        devices = [FastGuest(daemon.socket(f"vm{number + 1}")) for number in range(4)]
+        for sender, receiver, length in ((0, 1, size), (2, 3, 64)):
+            addresses = bytes.fromhex((MACS[receiver] + MACS[sender]).replace(":", ""))
+            devices[sender].fill(1, addresses + b"\x88\xb5" + bytes(length - 14))
+            devices[receiver].fill(0, None)
+        for device in devices:
+            stack.callback(device.close)
+            device.up()
+        table = (native.Ring * 4)(*(device.ring(1 - number % 2) for number, device in enumerate(devices)))
+        for device in devices:
+            for queue in device.queues:
+                queue.publish()
+        job = native.Job(program_fd=-1, socket_fd=-1, frame_len=64, rings=ctypes.addressof(table), nr_rings=4)
+        cpus = sorted(os.sched_getaffinity(0))
+
+        def cycles() -> tuple[float, float]:
+            """Of the worker for each frame, and frames a second that vm4 gets."""
+            with on_cpu(cpus[0]):
+                native.run(job, 0.1)
+                before, done = daemon.metrics(), table[3].done
+                native.run(job, SECONDS)
+                after, rate = daemon.metrics(), (table[3].done - done) / SECONDS
+            names = ("xdpvhost_worker_busy_cycles_total", "xdpvhost_worker_packets_total")
+            spent, moved = (after.total(name) - before.total(name) for name in names)
+            return spent / moved, rate
+
+        def captured(stopped: bool) -> tuple[float, float, int]:
+            """The same while a capture runs, or is stopped, and how many frames that lost."""
+            argv = ["capture", "vm1", "-w", "/dev/null", "--buffer", "1", "--run-dir", str(daemon.run_dir)]
+            lost = daemon.metrics().total("xdpvhost_capture_lost_total", guest="vm1")
+            with nic.start(PROGRAM, *argv) as command:
+                command.wait_line("capturing ", 10)
+                wait_for(lambda: os.sched_getaffinity(command.pid) == set(cpus[:-1]), 5, "it to leave the worker's CPU")
+                if stopped:
+                    command.send(signal.SIGSTOP)
+                result = cycles()
+                command.send(signal.SIGCONT)
+                command.send(signal.SIGINT)
+                assert command.wait(10) == 0
+            return *result, daemon.metrics().total("xdpvhost_capture_lost_total", guest="vm1") - lost
+
+        alone: list[tuple[float, float]] = []
+        beside: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+        for _ in range(ROUNDS):
+            alone.append(cycles())
+            for stopped, found in beside.items():
+                cost, rate, lost = captured(stopped)
+                found.append((cost, rate))
+                assert lost > 0 or not stopped
+        sent = daemon.metrics().total("xdpvhost_guest_tx_packets_total", guest="vm1")
+        kept = daemon.metrics().total("xdpvhost_capture_frames_total", guest="vm1")
+        assert 0 < kept < sent
+        for stopped, found in beside.items():
+            # the least disturbed sample of each
+            ratio = min(cost for cost, _ in found) / min(cost for cost, _ in alone)
+            rate = max(rate for _, rate in found) / max(rate for _, rate in alone)
+            how = "stopped" if stopped else "reading"
+            measured(f"{size} bytes, {how}: {ratio:.2f} of the cycles a frame, {rate:.2f} of vm4's rate")
+            assert ratio < MOST, (alone, beside)
