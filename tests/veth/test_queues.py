@@ -5,8 +5,12 @@ The card (tests/support/card.py) has the rules; the sending end of the veth does
 The queues, the XDP program and the sockets are real.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -32,6 +36,30 @@ SOURCE = "02:00:00:00:00:77"
 
 def mac(number: int) -> str:
     return f"52:54:00:00:00:{number:02x}"
+
+
+KILLED = """
+import json, sys
+from pathlib import Path
+from support.card import Card
+from support.fake_datapath import FakeDatapath
+from xdpvhost.links import ntuple
+from xdpvhost.links.journal import Journal
+from xdpvhost.links.nicprep import NicPrep
+from xdpvhost.xdp.nic import Nic, NicOptions
+card, kept = Card(), Path(sys.argv[2])
+card.changed = lambda card: kept.write_text(json.dumps({at: spec.hex() for at, spec in card.rules.items()}))
+ntuple.ethtool_ioctl = card.ioctl
+NicPrep.allow_ntuple = lambda _: None
+nic = Nic.open(NicOptions(sys.argv[3], ntuple="auto"), FakeDatapath(), Journal(Path(sys.argv[1])))
+for slot in range(6):
+    keys = [(0, bytes((0x52, 0x54, 0, 0, 0, slot)))]
+    nic.add_guest(slot, f"vm{slot}", keys)
+    nic.steer(slot)
+    nic.sort_by_rules(slot, keys)
+print("open", flush=True)
+sys.stdin.read()
+"""
 
 
 class Bench:
@@ -146,6 +174,27 @@ def test_an_access_ports_rule_is_for_its_vlan(bench: Bench) -> None:
         sent = [tagged(frame, (Q, 100)) for frame in numbered(2)]
         bench.wire.send(sent)
         assert sorted(chain(*arrived(xsks).values())) == sorted(sent)
+
+
+def test_after_kill_9(bench: Bench) -> None:
+    """The card keeps the rules; whoever comes next takes them back, and no others."""
+    kept = bench.path.with_name("card.json")
+    argv = bench.host.argv([sys.executable, "-c", KILLED, bench.path, kept, NIC])
+    child = subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "open\n"
+        child.kill()
+    bench.card.rules = {int(at): bytes.fromhex(spec) for at, spec in json.loads(kept.read_text()).items()}
+    theirs = ntuple.Rule(mac_bytes(mac(9)), 1).pack(0)
+    bench.card.rules[0] = theirs
+    assert len(bench.card.rules) == GUESTS + 1
+    with bench.host.entered():
+        assert all(item.ok for item in Journal(bench.path).replay_undo())
+    assert bench.card.rules == {0: theirs}
+    assert not bench.path.exists()
 
 
 @pytest.mark.usefixtures("host")
