@@ -90,7 +90,7 @@ def test_it_uses_its_own_ip_addresses_only(lab: Lab) -> None:
 
 
 def test_limits_hold_for_tcp(lab: Lab) -> None:
-    """What waits in the guest's ring is not lost, so its TCP fills the limit; towards it, TCP has to find it by loss."""
+    """What waits in the guest's ring is not lost, so TCP fills the limit; towards the guest, it is found by losses."""
     limit = 50_000_000
     put(lab, 3, "tx-rate=50M", "rx-rate=50M", "rx-burst=256K")
     try:

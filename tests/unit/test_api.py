@@ -16,7 +16,7 @@ import pytest
 
 from support.process import wait_for
 from xdpvhost import api
-from xdpvhost.api import MAX_LINE, ApiServer, Held, Params, text_param
+from xdpvhost.api import MAX_LINE, ApiServer, Held, Params, text_param, texts_param
 from xdpvhost.errors import ConfigError, DaemonError, DatapathError, NicError, OutputError, XdpvhostError
 
 
@@ -283,3 +283,26 @@ def test_an_object_of_numbers() -> None:
     for params in ({"move": [1]}, {"move": {"vm1": "3"}}, {"move": {"vm1": True}}, {"other": {}}, {"move": {}, "x": 1}):
         with pytest.raises(ConfigError, match="it takes 'move' only, an object of whole numbers"):
             api.numbers_param(params, "move")
+
+
+def test_a_name_and_an_object_of_strings() -> None:
+    assert texts_param({"name": "vm1", "set": {"vlan": "10", "link": ""}}, "name", "set") == (
+        "vm1",
+        {"vlan": "10", "link": ""},
+    )
+
+
+@pytest.mark.parametrize(
+    ("params", "word"),
+    [
+        ({"set": {"vlan": "10"}}, "'name' must be a string"),
+        ({"name": "vm1"}, "'set' must be an object of strings"),
+        ({"name": "vm1", "set": {}}, "that isn't empty"),
+        ({"name": "vm1", "set": ["vlan=10"]}, "must be an object of strings"),
+        ({"name": "vm1", "set": {"vlan": 10}}, "must be an object of strings"),
+        ({"name": "vm1", "set": {"vlan": "10"}, "force": True}, "unknown parameter 'force'"),
+    ],
+)
+def test_other_parameters_are_refused(params: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        texts_param(params, "name", "set")

@@ -20,6 +20,8 @@ from xdpvhost.links.netlink import Link
 from xdpvhost.links.tap import Owner
 from xdpvhost.modes import keys, mode_for
 from xdpvhost.qemu import Device, shell
+from xdpvhost.serve_links import LinkService
+from xdpvhost.serve_tap import TapService
 
 ONE = "name=vm1,mac=52:54:00:00:00:01"
 FOUR = "name=vm-4,mac=52:54:00:00:00:04,queues=4"
@@ -83,6 +85,19 @@ def test_bad_specs(mode: Mode, spec: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         guest(mode, spec)
     assert words in str(caught.value)
+
+
+def test_keys_of_the_data_plane_are_not_for_qemus_taps() -> None:
+    specs = (guest("tap", f"{ONE},vlan=10"),)
+    with pytest.raises(ConfigError, match="vlan= is for guests that the data plane serves"):
+        LinkService(UpConfig(("eth0",), specs, mode="tap"))
+    assert TapService(UpConfig(("eth0",), specs, mode="tap", serve="vhost-user")).needs
+
+
+def test_a_device_that_qemu_opens_is_not_changed() -> None:
+    service = LinkService(UpConfig(("eth0",), mode="vhost-net"))
+    with pytest.raises(ConfigError, match="'vm1': in mode vhost-net nothing can be changed"):
+        service.set_guest("vm1", {"owner": "root"})
 
 
 def test_device_names_fit_and_differ() -> None:

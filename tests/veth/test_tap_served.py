@@ -15,6 +15,8 @@ from support.frontend import F_MRG_RXBUF, F_PROTOCOL, F_VERSION_1, NetDevice
 from support.linkhost import LinkHost, operstate
 from support.netns import World
 from support.process import wait_for
+from support.tagsock import TagSocket
+from support.wire import Q, tagged
 
 MAC1, MAC2 = (f"52:54:00:00:00:0{i}" for i in (1, 2))
 VM1, VM2 = (f"name=vm{i},mac=52:54:00:00:00:0{i}" for i in (1, 2))
@@ -94,6 +96,30 @@ def test_frames_pass_and_the_host_is_as_it_was(host: LinkHost, workers: int) -> 
         assert "stopped: nic0 is as it was" in daemon.process.log()
     host.wait_as(before)
     assert not host.run_dir.exists()
+
+
+def test_pools_and_policy_hold_here_too(host: LinkHost) -> None:
+    with (
+        host.up("tap", [f"{VM1},vlan=10", f"{VM2},vlan=10,isolated=on"], SERVE) as daemon,
+        ExitStack() as stack,
+        TagSocket(host.net, "net0") as wire,
+    ):
+        one, two = guest(stack, daemon, "vm1"), guest(stack, daemon, "vm2")
+        wait_for(lambda: operstate(host.nic, "nic0") == "UP", 10, "the NIC")
+        net_mac = host.net.mac("net0")
+        frames = [udp_frame(MAC1, net_mac, number=n) for n in range(COUNT)]
+        wire.send(tagged(frame, (Q, 10)) for frame in frames)
+        assert received_from(one, net_mac, COUNT) == frames
+        one.send(udp_frame(net_mac, MAC1))
+        assert wire.wait_received(MAC1, 1) == [tagged(udp_frame(net_mac, MAC1), (Q, 10))]
+        two.send(udp_frame(MAC1, MAC2))
+        two.send(udp_frame(MAC1, "52:54:00:00:00:03"))
+        drops = "xdpvhost_guest_drops_total"
+        daemon.wait_metric(1, drops, guest="vm2", reason="isolated")
+        daemon.wait_metric(1, drops, guest="vm2", reason="spoofed")
+        daemon.cli("guest", "set", "vm2", "isolated=off")
+        two.send(udp_frame(MAC1, MAC2))
+        assert received_from(one, MAC2, 1) == [udp_frame(MAC1, MAC2)]
 
 
 def test_guests_come_and_go(host: LinkHost) -> None:
