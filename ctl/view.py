@@ -101,7 +101,7 @@ def port_table(guests: Sequence[Mapping[str, Any]]) -> Table | None:
         (
             guest["name"],
             guest["vlans"],
-            "+".join([*guest["listens_to"], *_some_learned(guest)]),
+            "\n".join([*guest["listens_to"], *_some_learned(guest)]),
             _checks(guest),
             *(_limit(guest["limits"][way]) for way in ("tx", "rx", "storm")),
             "on" if guest["link"] else "off",
