@@ -257,6 +257,55 @@ static void test_a_share_of_the_time(void)
 	end();
 }
 
+#define WHOLE (4096u - (uint32_t)sizeof(struct capture_record)) /* so many that records fill the ring without a filler */
+
+static uint64_t capture_for(struct capture_share *share, uint64_t duration)
+{
+	const struct xv_view view = {.first = {frame, WHOLE}, .len = WHOLE};
+	const struct xv_view *views[XV_BURST];
+	const uint64_t begin = cycles_now();
+	uint64_t passed;
+
+	for (uint32_t i = 0; i < XV_BURST; i++)
+		views[i] = &view;
+	while ((passed = cycles_now() - begin) < duration) {
+		capture_views(capture, share, views, XV_BURST, CAPTURE_TO, 0, CAPTURE_FATES);
+		store_release(&shared()->tail, xv_capture_counters(capture)->frames * record_bytes(WHOLE)); /* there is room */
+	}
+	return passed;
+}
+
+/*
+ * However fast frames come, no more are copied than an eighth of the time is enough for. Whatever disturbs this makes it fewer:
+ * it is compared with what a frame costs at the least.
+ */
+static void test_no_more_than_its_share(void)
+{
+	const uint64_t most = 1000000, duration = 100000000;
+	struct capture_share share = {.most = (int64_t)most, .left = (int64_t)most};
+	uint64_t least = UINT64_MAX, passed, frames;
+
+	start(UINT32_MAX);
+	share.at = cycles_now();
+	for (int i = 0; i < 200; i++) {
+		struct capture_share mine = plenty;
+
+		frames = xv_capture_counters(capture)->frames;
+		passed = capture_for(&mine, 50000);
+		frames = xv_capture_counters(capture)->frames - frames;
+		if (frames)
+			least = MIN(least, passed / frames);
+	}
+	frames = xv_capture_counters(capture)->frames;
+	share.at = cycles_now();
+	share.left = 0;
+	passed = capture_for(&share, duration);
+	frames = xv_capture_counters(capture)->frames - frames;
+	CHECK(frames > 1000);
+	CHECK(frames * least < (passed / 8 + most) * 3 / 2);
+	end();
+}
+
 /* What the reader has no room for stays, whole. */
 static void test_little_room(void)
 {
@@ -477,6 +526,7 @@ int main(void)
 	test_round_and_round();
 	test_full_is_lost_and_counted();
 	test_a_share_of_the_time();
+	test_no_more_than_its_share();
 	test_little_room();
 	test_what_is_not_wanted();
 	test_several_writers();

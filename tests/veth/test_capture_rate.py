@@ -22,8 +22,7 @@ from xdpvhost.compare import native
 MACS = [f"52:54:00:00:00:0{number}" for number in range(1, 5)]
 RING, BUFFER, HEADER = 1024, 2048, 12
 SECONDS = 0.3
-ROUNDS = 5
-MOST = 1.6  # of the cycles a frame without: 8/7, and what caches add
+LEAST = 0.05  # of the rate without: it would be none if a worker waited
 
 
 class FastGuest(NetDevice):
@@ -74,13 +73,13 @@ def on_cpu(cpu: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [64, 1500])
-def test_the_other_ports_of_its_worker_keep_their_time(
+def test_others_go_on_and_every_frame_is_captured_or_counted(
     world: World, measured: Callable[[str], None], size: int
 ) -> None:
-    """vm1 sends to vm2 and vm3 to vm4, as fast as one worker can; vm1 is captured.
+    """vm1 sends to vm2 and vm3 to vm4, as fast as one worker can; vm1 is captured; the command reads, or is stopped.
 
-    What the driver sees depends on who shares its CPU. What counts is the worker's time for a frame: an eighth of it is
-    all that a capture may take, whether its command reads or not.
+    What share of a worker's time a capture may take is tested in datapath/tests/test_capture.c. Here other tests may
+    run beside this, so a rate only tells that nobody waits for the command.
     """
     nic, net = world.namespace("nic"), world.namespace("net")
     world.veth(nic, "nic0", net, "net0", queues=1)
@@ -95,53 +94,49 @@ def test_the_other_ports_of_its_worker_keep_their_time(
             stack.callback(device.close)
             device.up()
         table = (native.Ring * 4)(*(device.ring(1 - number % 2) for number, device in enumerate(devices)))
-        for device in devices:
-            for queue in device.queues:
-                queue.publish()
         job = native.Job(program_fd=-1, socket_fd=-1, frame_len=64, rings=ctypes.addressof(table), nr_rings=4)
         cpus = sorted(os.sched_getaffinity(0))
 
-        def cycles() -> tuple[float, float]:
-            """Of the worker for each frame, and frames a second that vm4 gets."""
-            with on_cpu(cpus[0]):
-                native.run(job, 0.1)
-                before, done = daemon.metrics(), table[3].done
-                native.run(job, SECONDS)
-                after, rate = daemon.metrics(), (table[3].done - done) / SECONDS
-            names = ("xdpvhost_worker_busy_cycles_total", "xdpvhost_worker_packets_total")
-            spent, moved = (after.total(name) - before.total(name) for name in names)
-            return spent / moved, rate
+        def total(name: str) -> int:
+            return daemon.metrics().total(f"xdpvhost_{name}_total", guest="vm1")
 
-        def captured(stopped: bool) -> tuple[float, float, int]:
-            """The same while a capture runs, or is stopped, and how many frames that lost."""
+        def settled() -> int:
+            """How many frames vm1 has sent, when the worker has moved all that there was."""
+            memory, queue = devices[0].memory, devices[0].tx()
+            wait_for(
+                lambda: memory.u16(queue.used + 2) == memory.u16(queue.avail + 2), 10, "vm1's ring to be done with"
+            )
+            return total("guest_tx_packets")
+
+        def rate() -> float:
+            """Frames a second that vm4 gets."""
+            with on_cpu(cpus[0]):
+                done = table[3].done
+                native.run(job, SECONDS)
+                return (table[3].done - done) / SECONDS
+
+        for device in devices:
+            for queue in device.queues:
+                queue.publish()
+        rate()
+        alone = rate()
+        for stopped in (False, True):
+            before, lost_before, kept_before = settled(), total("capture_lost"), total("capture_frames")
             argv = ["capture", "vm1", "-w", "/dev/null", "--buffer", "1", "--run-dir", str(daemon.run_dir)]
-            lost = daemon.metrics().total("xdpvhost_capture_lost_total", guest="vm1")
             with nic.start(PROGRAM, *argv) as command:
                 command.wait_line("capturing ", 10)
                 wait_for(lambda: os.sched_getaffinity(command.pid) == set(cpus[:-1]), 5, "it to leave the worker's CPU")
                 if stopped:
                     command.send(signal.SIGSTOP)
-                result = cycles()
+                ratio = rate() / alone
+                sent = settled() - before
                 command.send(signal.SIGCONT)
                 command.send(signal.SIGINT)
                 assert command.wait(10) == 0
-            return *result, daemon.metrics().total("xdpvhost_capture_lost_total", guest="vm1") - lost
-
-        alone: list[tuple[float, float]] = []
-        beside: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-        for _ in range(ROUNDS):
-            alone.append(cycles())
-            for stopped, found in beside.items():
-                cost, rate, lost = captured(stopped)
-                found.append((cost, rate))
-                assert lost > 0 or not stopped
-        sent = daemon.metrics().total("xdpvhost_guest_tx_packets_total", guest="vm1")
-        kept = daemon.metrics().total("xdpvhost_capture_frames_total", guest="vm1")
-        assert 0 < kept < sent
-        for stopped, found in beside.items():
-            # the least disturbed sample of each
-            ratio = min(cost for cost, _ in found) / min(cost for cost, _ in alone)
-            rate = max(rate for _, rate in found) / max(rate for _, rate in alone)
+            kept, lost = total("capture_frames") - kept_before, total("capture_lost") - lost_before
+            assert kept + lost == sent > 10000
+            assert kept > 0
+            assert lost > 0 or not stopped
             how = "stopped" if stopped else "reading"
-            measured(f"{size} bytes, {how}: {ratio:.2f} of the cycles a frame, {rate:.2f} of vm4's rate")
-            assert ratio < MOST, (alone, beside)
+            measured(f"{size} bytes, {how}: {kept} captured, {lost} lost, vm4 at {ratio:.2f} of its rate")
+            assert ratio > LEAST
