@@ -74,6 +74,12 @@ bool gso_push_tag(struct xv_view *view, uint16_t tci)
 	return true;
 }
 
+void gso_set_tag(struct xv_view *view, uint16_t tci)
+{
+	if (view->gso)
+		put_be16((uint8_t *)(uintptr_t)view->gso->bytes + 14, tci);
+}
+
 void gso_pop_tag(struct xv_view *view)
 {
 	struct gso_header *header = (struct gso_header *)(uintptr_t)view->gso;

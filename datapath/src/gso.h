@@ -52,6 +52,7 @@ void gso_whole_header(const struct xv_view *view, uint8_t header[GSO_HEADER_MAX]
 /* Put a tag into the headers of a GSO frame, or take it out; the view's own bytes and lengths are tag.h's. */
 bool gso_push_tag(struct xv_view *view, uint16_t tci); /* false: they have no room */
 void gso_pop_tag(struct xv_view *view);
+void gso_set_tag(struct xv_view *view, uint16_t tci);
 /* Segments that have not been cut yet. */
 static inline uint32_t gso_cut_left(const struct gso_cut *cut)
 {

@@ -125,6 +125,12 @@ static bool is_storm(struct bucket *storm, const struct xv_view *view)
 	return !bucket_take(storm, cycles_now(), &frames, 1);
 }
 
+/* Of any kind that switches go by. */
+static inline bool looks_tagged(const uint8_t *type)
+{
+	return net_is_tag(type) || be16(type) == 0x9100;
+}
+
 /* Whether the guest may send a frame tagged like this; an access port's gets its tag. */
 static inline always_inline enum xv_drop judge_vlan(const struct policy *policy, struct xv_view *view)
 {
@@ -133,16 +139,37 @@ static inline always_inline enum xv_drop judge_vlan(const struct policy *policy,
 	if (policy->is_trunk)
 		return tagged && policy_has_vlan(policy, frame_vlan(view->first.data)) ? XV_DROP_MAX : XV_DROP_VLAN;
 	if (tagged) {
-		uint8_t *tci = view->first.data + 14;
+		const uint16_t tci = be16(view->first.data + 14);
 
-		if (be16(tci) & VID_MASK)
+		/* the tag may say a priority and no VLAN, and there may be no other: some switch would take ours off */
+		if (tci & VID_MASK || looks_tagged(view->first.data + 16))
 			return XV_DROP_VLAN;
-		put_be16(tci, be16(tci) | policy->access); /* a priority keeps it */
+		tag_set(view, (uint16_t)(tci | policy->access));
 		return XV_DROP_MAX;
 	}
-	if (net_is_tag(view->first.data + 12))
+	if (looks_tagged(view->first.data + 12))
 		return XV_DROP_VLAN;
 	return tag_push(view, (uint16_t)policy->access) ? XV_DROP_MAX : XV_DROP_BAD_HEADER;
+}
+
+/*
+ * Whether the checksum that is to be finished lies behind what is judged: it is written later, and the guest chooses its
+ * value by its payload. A GSO frame's has been checked against its headers (gso_check()).
+ */
+static bool csum_is_behind(const struct policy *policy, const struct xv_view *view)
+{
+	struct net_headers h;
+	uint32_t field;
+
+	if (!policy->guard)
+		return view->csum_start >= view->first.len;
+	/* the guard looks at ports, and at all of neighbour discovery */
+	if (!net_parse(view->first.data, view->first.len, &h) || h.protocol == IPPROTO_ICMPV6)
+		return false;
+	field = net_csum_field(h.protocol);
+	if (!field)
+		return view->csum_start >= h.transport;
+	return (view->csum_start == h.transport && view->csum_offset == field) || view->csum_start >= h.transport + 8;
 }
 
 static inline bool is_own(const struct port *port, const uint8_t *header)
@@ -165,6 +192,8 @@ static inline always_inline enum xv_drop judge(const struct snapshot *snap, cons
 		if (unlikely(why != XV_DROP_MAX))
 			return why;
 	}
+	if (unlikely(view->flags & VIEW_NEEDS_CSUM && !view->gso_type) && !csum_is_behind(policy, view))
+		return XV_DROP_BAD_HEADER;
 	if (!more) {
 		if (strict && !is_own(port, view->first.data) && !owns_source(snap, from->port, view->first.data))
 			return XV_DROP_SPOOFED;

@@ -171,17 +171,28 @@ static bool is_dhcp_server(bool ipv6, uint32_t from, uint32_t to)
 	return ipv6 ? from == DHCP6_SERVER || to == DHCP6_CLIENT : from == DHCP_SERVER || to == DHCP_CLIENT;
 }
 
-static enum ip_verdict judge_ip4(const struct look *l, uint32_t at)
+/* The same frame without what follows the IP packet that ends there: nothing in a trailer is part of it. */
+static struct look without_trailer(const struct look *l, uint32_t end)
 {
-	const uint8_t *ip = l->frame + at;
-	enum ip_verdict seen = sees(l, at + 20);
+	const uint32_t len = MIN(l->len, end);
+
+	return (struct look){l->guard, l->frame, MIN(l->have, len), len};
+}
+
+static enum ip_verdict judge_ip4(const struct look *whole, uint32_t at)
+{
+	const uint8_t *ip = whole->frame + at;
+	enum ip_verdict seen = sees(whole, at + 20);
 	uint32_t source, from, to, fragment;
+	struct look packet;
+	const struct look *l = &packet;
 	bool owned;
 
 	if (seen != IP_PASSES)
 		return seen;
 	if (ip[0] >> 4 != 4 || (ip[0] & 15) < 5)
 		return IP_DROPPED;
+	packet = without_trailer(whole, at + be16(ip + 2));
 	source = be32(ip + 12);
 	owned = has_ip4(l->guard, source);
 	fragment = be16(ip + 6) & 0x3fff;
@@ -294,12 +305,14 @@ static bool is_extension(uint8_t kind)
 	return extension_bytes(kind, (const uint8_t[2]){0, 0});
 }
 
-static enum ip_verdict judge_ip6(const struct look *l, uint32_t at)
+static enum ip_verdict judge_ip6(const struct look *whole, uint32_t at)
 {
-	const uint8_t *ip = l->frame + at;
-	enum ip_verdict seen = sees(l, at + 40);
+	const uint8_t *ip = whole->frame + at;
+	enum ip_verdict seen = sees(whole, at + 40);
 	struct ip6 address;
 	const struct ip6 *source = &address;
+	struct look packet;
+	const struct look *l = &packet;
 	bool fragment = false;
 	uint32_t end;
 	uint8_t next;
@@ -308,12 +321,13 @@ static enum ip_verdict judge_ip6(const struct look *l, uint32_t at)
 		return seen;
 	if (ip[0] >> 4 != 6)
 		return IP_DROPPED;
+	end = at + 40 + be16(ip + 4);
+	packet = without_trailer(whole, end);
 	address = ip6_at(ip + 8);
 	if (!(address.high | address.low))
 		source = NULL;
 	else if (!owns_ip6(l, source))
 		return IP_DROPPED;
-	end = at + 40 + be16(ip + 4);
 	next = ip[6];
 	at += 40;
 	while (unlikely(is_extension(next))) {

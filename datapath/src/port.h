@@ -40,6 +40,7 @@ struct call_ctx { /* what a worker lends to whoever delivers to guests */
 struct burst_chains {
 	struct xv_buf buf[XV_BURST];
 	struct gso_header gso[XV_BURST]; /* of the views that have a gso_type */
+	uint32_t len[XV_BURST];          /* of each frame as the guest sent it: a tag may be put in on the way */
 	uint32_t skipped;
 };
 
@@ -49,8 +50,7 @@ struct burst_chains {
  */
 void guest_rx_burst(struct xv_vring *vr, struct xv_burst *burst, struct burst_chains *chains);
 /* Give back the skipped chains and those of the first n views, and count the views as sent by the guest. */
-void guest_rx_release(struct xv_vring *vr, const struct xv_burst *burst, const struct burst_chains *chains, uint32_t n,
-		      struct call_ctx *ctx);
+void guest_rx_release(struct xv_vring *vr, const struct burst_chains *chains, uint32_t n, struct call_ctx *ctx);
 /*
  * Copy frames into the guest's receive buffers, in order, until its buffers run out; answers how many views are done
  * with (delivered, or dropped because the guest can never take them). Sets ctx->unjoin where it stops for that.

@@ -81,17 +81,17 @@ static int add_policy(struct port *port, const struct xv_policy_conf *conf)
 }
 
 /*
- * Whose frames are looked at where they come in. Where there is an access port, everybody's: tags are taken out in place,
- * which must not be in the sender's memory.
+ * Whose frames are looked at where they come in. Where somebody is in some VLANs only, everybody's: its gate goes by their
+ * tags, and takes them out in place, neither of which may be in the sender's memory.
  */
 static void choose_judged(struct snapshot *snap)
 {
-	bool access = false;
+	bool gates = false;
 
 	for (uint32_t i = 0; i < snap->nr_ports; i++)
-		access |= snap->ports[i].policy && snap->ports[i].policy->access;
+		gates |= snap->ports[i].gated;
 	for (uint32_t i = 0; i < snap->nr_ports; i++)
-		snap->ports[i].judged = access || (snap->ports[i].policy && policy_judges(snap->ports[i].policy));
+		snap->ports[i].judged = gates || (snap->ports[i].policy && policy_judges(snap->ports[i].policy));
 }
 
 static int add_guest(struct snapshot *snap, uint32_t index, const struct xv_guest_conf *conf)

@@ -99,11 +99,21 @@ void switch_give_up(const struct snapshot *snap, struct xv_vring *stalled, const
 			    stalled->index / 2, XV_DROP_NO_BUFFERS);
 }
 
-/* The same of views for one port that can't wait. */
+/* The same of views for one port that can't wait; of a flood, those of its VLANs. */
 static void give_up(const struct port *port, struct xv_vring *stalled, const struct xv_view *const *views, uint32_t n,
 		    struct call_ctx *ctx)
 {
-	switch_drop_stalled(stalled, n);
+	const struct xv_view *mine[XV_BURST];
+	uint32_t nr = 0;
+
+	for (uint32_t i = 0; port->gated && i < n; i++)
+		if (policy_has_vlan(port->policy, view_vlan(views[i])))
+			mine[nr++] = views[i];
+	if (port->gated) {
+		views = mine;
+		n = nr;
+	}
+	switch_drop_stalled(stalled, frames_of(views, n));
 	if (unlikely(port->capture))
 		capture_views(port->capture, &ctx->capture, views, n, CAPTURE_TO, stalled->index / 2, XV_DROP_NO_BUFFERS);
 }
@@ -345,6 +355,11 @@ static uint32_t to_port(const struct port *port, uint32_t hint, const struct xv_
 	return done;
 }
 
+static bool is_group(const struct xv_view *view)
+{
+	return view->first.len && view->first.data[0] & 1;
+}
+
 /*
  * A guest that is in some VLANs only: those frames, and where it is an access port, without their tags. Afterwards they
  * have them again: others may be given the same views, and those not done with are to be found as they were.
@@ -354,7 +369,7 @@ static uint32_t to_gated(const struct port *port, uint32_t hint, const struct xv
 {
 	const bool access = is_access(port);
 	const struct xv_view *mine[XV_BURST];
-	uint32_t at[XV_BURST + 1], nr = 0, done = 0;
+	uint32_t at[XV_BURST + 1], nr = 0, done = 0, strays = 0;
 
 	if (port->policy->flags & XV_POLICY_LINK_DOWN) {
 		drop_to_pair(port, hint, XV_DROP_LINK_DOWN, frames_of(views, n));
@@ -365,8 +380,10 @@ static uint32_t to_gated(const struct port *port, uint32_t hint, const struct xv
 	for (uint32_t i = 0; i < n; i++) {
 		struct xv_view *view = (struct xv_view *)(uintptr_t)views[i]; /* see view.h */
 
-		if (!policy_has_vlan(port->policy, view_vlan(view)) || (access && !tag_is_first(view)))
+		if (!policy_has_vlan(port->policy, view_vlan(view)) || (access && !tag_is_first(view))) {
+			strays += !is_group(view);
 			continue;
+		}
 		if (access)
 			view->tci = tag_pop(view);
 		at[nr] = i;
@@ -377,6 +394,9 @@ static uint32_t to_gated(const struct port *port, uint32_t hint, const struct xv
 		done = to_port(port, hint, mine, nr, ctx, stalled);
 	for (uint32_t i = 0; access && i < nr; i++)
 		tag_push((struct xv_view *)(uintptr_t)mine[i], mine[i]->tci);
+	/* of a flood they are others'; else they came while its VLANs were changed. If there is a rest, they come again */
+	if (unlikely(strays && done == nr))
+		drop_to_pair(port, hint, XV_DROP_VLAN, strays);
 	return at[done];
 }
 

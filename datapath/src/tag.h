@@ -53,14 +53,24 @@ static inline void tag_move_addresses(uint8_t *to, const uint8_t *from)
 	memcpy(to + 8, &last, sizeof(last));
 }
 
+/* Give the tag that a frame has, in a first piece of ours, another value. */
+static inline void tag_set(struct xv_view *view, uint16_t tci)
+{
+	put_be16(view->first.data + 14, tci);
+	if (unlikely(view->gso_type))
+		gso_set_tag(view, tci);
+}
+
 /*
- * Put a tag into a frame whose first piece is ours and has TAG_BYTES to spare in front. False: it is a GSO frame whose
- * headers have no room for it.
+ * Put a tag into a frame whose first piece is ours and has TAG_BYTES to spare in front. False: its headers have no room for
+ * it (GSO), or it would push the checksum out of what 16 bits can say.
  */
 static inline bool tag_push(struct xv_view *view, uint16_t tci)
 {
 	uint8_t *old = view->first.data;
 
+	if (unlikely(view->csum_start > UINT16_MAX - TAG_BYTES && view->flags & VIEW_NEEDS_CSUM))
+		return false;
 	if (unlikely(view->gso_type) && !gso_push_tag(view, tci))
 		return false;
 	view->first.data = old - TAG_BYTES;

@@ -133,6 +133,7 @@ static inline always_inline void rx_burst(struct xv_vring *vr, struct xv_burst *
 			if (segments > XV_BURST_SEGS && burst->nr)
 				break;
 		}
+		chains->len[burst->nr] = burst->views[burst->nr].len;
 		burst->nr++;
 	}
 }
@@ -151,15 +152,14 @@ static inline always_inline bool rx_release(struct xv_vring *vr, const struct xv
 	return vring_publish(vr, packed);
 }
 
-void guest_rx_release(struct xv_vring *vr, const struct xv_burst *burst, const struct burst_chains *chains, uint32_t n,
-		      struct call_ctx *ctx)
+void guest_rx_release(struct xv_vring *vr, const struct burst_chains *chains, uint32_t n, struct call_ctx *ctx)
 {
 	struct xv_tx_counters *counters = &vr->queue->tx;
 	const uint32_t used = chains->skipped + n;
 	uint64_t bytes = 0;
 
 	for (uint32_t i = 0; i < n; i++)
-		bytes += burst->views[i].len;
+		bytes += chains->len[i];
 	count(counters->packets, used);
 	count(counters->bytes, bytes);
 	if (vr->packed ? rx_release(vr, chains->buf, used, true) : rx_release(vr, chains->buf, used, false))

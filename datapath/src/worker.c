@@ -37,6 +37,7 @@
 #define CONTENTION_EVERY_US 100u
 #define CONTENTION_US 10000u
 #define RARP_BYTES 60u
+#define ANNOUNCED_AT_ONCE 8u /* VLANs */
 
 /* ---- one source, one burst; true when there was work ---- */
 
@@ -324,7 +325,7 @@ static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct 
 		return false;
 	if (unlikely(port->capture))
 		capture_sent(w, port->capture, done, source->pair, disabled ? XV_DROP_DISABLED : CAPTURE_FATES);
-	guest_rx_release(vr, &w->burst, &w->chains, done, &w->calls);
+	guest_rx_release(vr, &w->chains, done, &w->calls);
 	count(w->counters.packets, done);
 	return true;
 }
@@ -347,10 +348,12 @@ static uint32_t peeks(const struct snapshot *snap, uint32_t index)
 
 static bool poll_packet_of_host(struct worker *w, const struct snapshot *snap, const struct packet_source *source)
 {
+	const uint64_t dropped = source->socket->counters.dropped;
+
 	packet_rx_burst(source->socket, &w->burst, 0);
 	burst_to_host(w, snap, source->port, 0);
 	packet_rx_release(source->socket, w->burst.nr);
-	return w->burst.nr;
+	return w->burst.nr || source->socket->counters.dropped != dropped;
 }
 
 /* Frames for one guest by a packet socket. Those that it has no buffers for wait, in the slots and in the socket. */
@@ -359,6 +362,7 @@ static bool poll_packet(struct worker *w, const struct snapshot *snap, const str
 	struct xv_packet *socket = source->socket;
 	struct xv_vring *stalled = socket->stalled_on;
 	const struct xv_view *views[XV_BURST];
+	const uint64_t dropped = socket->counters.dropped;
 	uint32_t done = 0;
 
 	if (unlikely(source->port >= XV_HOST_PORT))
@@ -380,7 +384,7 @@ static bool poll_packet(struct worker *w, const struct snapshot *snap, const str
 	socket->stalled_on = stalled;
 	if (unlikely(stalled))
 		w->rx_stalls = true;
-	return done;
+	return done || socket->counters.dropped != dropped; /* then there may be more, for which no event will come */
 }
 
 /*
@@ -494,11 +498,25 @@ static void announce(struct worker *w, const struct snapshot *snap, const struct
 
 	if (!asked)
 		return;
-	if (!policy || !policy->is_trunk)
+	if (!policy || !policy->is_trunk) {
 		announce_in(w, snap, source, (const uint8_t *)&asked, 0);
-	for (uint32_t vlan = 1; policy && policy->is_trunk && vlan < 4095; vlan++)
-		if (policy_has_vlan(policy, (uint16_t)vlan))
-			announce_in(w, snap, source, (const uint8_t *)&asked, vlan);
+		return;
+	}
+	/* in each of its VLANs, a few a turn; where to go on is said in the bits between the MAC and the highest */
+	for (uint32_t vlan = (uint32_t)(asked >> 48 & VID_MASK), n = 0; vlan < 4095; vlan++) {
+		if (!policy_has_vlan(policy, (uint16_t)vlan))
+			continue;
+		if (n++ == ANNOUNCED_AT_ONCE) {
+			uint64_t none = 0;
+
+			asked = (asked & ~((uint64_t)VID_MASK << 48)) | (uint64_t)vlan << 48;
+			/* unless it is asked for anew */
+			__atomic_compare_exchange_n(&guest->announce, &none, asked, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+			w->requests_seen--;
+			return;
+		}
+		announce_in(w, snap, source, (const uint8_t *)&asked, vlan);
+	}
 }
 
 static void call_if_asked(struct worker *w, struct xv_vring *vr, uint64_t *calls)

@@ -318,6 +318,30 @@ static void test_tags_without_end(void)
 		fail("tags without end", "", IP_GUARD_BYTES, sizeof(frame), IP_PASSES);
 }
 
+/* What follows the packet in the frame is no part of it: the rest of a first fragment's headers can't be there. */
+static void test_trailers(void)
+{
+	static const struct {
+		const char *frame;
+		bool passes;
+	} cases[] = {
+		{IP6("0010", "2c", MINE6, FRAGMENT("3c", "0001") OPTIONS("11", "00") "d431" "0035" ZEROS8), false},
+		{IP6("0018", "2c", MINE6, FRAGMENT("3c", "0001") OPTIONS("11", "00") "d431" "0035" "00080000" ZEROS8), true},
+		{IP6("0008", "00", MINE6, OPTIONS("3a", "00") "80000000" ZEROS8), false},
+		{ALL OWN "0800" "4500" "0014" "2663" "2000" "40" "11" "0000" MINE4 "0a000001" "d431" "0035" ZEROS8, false},
+		{ALL OWN "0800" "4500" "001c" "2663" "2000" "40" "11" "0000" MINE4 "0a000001" "d431" "0035" ZEROS8, true},
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		uint8_t frame[256];
+		const uint32_t len = from_hex(cases[i].frame, frame);
+		const enum ip_verdict got = judge(frame, len, len);
+
+		if (got != (cases[i].passes ? IP_PASSES : IP_DROPPED))
+			fail("a trailer", "", len, (uint32_t)i, got);
+	}
+}
+
 /* Many addresses: each is found, and nothing between them. */
 static void test_many_addresses(void)
 {
@@ -367,6 +391,7 @@ int main(void)
 		return 2;
 	test_examples();
 	test_tags_without_end();
+	test_trailers();
 	test_many_addresses();
 	free(guard);
 	puts("ok");

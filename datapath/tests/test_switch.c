@@ -114,6 +114,7 @@ static void test_access(void)
 		send_from(0, w.guests[1].mac, len, 0); /* its own VLAN's */
 		check_is(take(1, NULL), frame, len, 0);
 		CHECK_EQ(RX(1).copied_bytes, len);
+		CHECK_EQ(TX(0).bytes, len);
 		send_from(0, w.guests[2].mac, len, 0); /* another VLAN's: nobody here in VLAN 10 */
 		CHECK_EQ(take(2, NULL), 0);
 		check_is(nic_send(&w.nic, got), frame, len, 10);
@@ -139,8 +140,13 @@ static void test_an_access_port_sends_no_tag(void)
 	make_frame(frame, 14, w.guests[1].mac, w.guests[0].mac, 1);
 	memcpy(frame + 12, (uint8_t[]){0x81, 0}, 2); /* a tag that is cut off */
 	driver_send(&w.guests[0], frame, 14);
+	for (uint32_t outer = 0; outer < 3; outer++) { /* behind a priority, of three kinds */
+		make_frame(frame, 100, w.guests[1].mac, w.guests[0].mac, 1);
+		memcpy(frame + 12, (uint8_t[]){0x81, 0, 0, 0, "\x81\x88\x91"[outer], "\x00\xa8\x00"[outer], 0, 20}, 8);
+		driver_send(&w.guests[0], frame, 100);
+	}
 	world_run(&w);
-	CHECK_EQ(TX(0).drops[XV_DROP_VLAN], ARRAY_SIZE(tags) + 2);
+	CHECK_EQ(TX(0).drops[XV_DROP_VLAN], ARRAY_SIZE(tags) + 5);
 	CHECK_EQ(take(1, NULL) + nic_send(&w.nic, got), 0);
 	end();
 }
@@ -227,7 +233,22 @@ static void test_from_the_nic(void)
 	CHECK(nic_receive(&w.nic, got, tagged(got, 60, 11)));
 	world_run(&w);
 	CHECK_EQ(take(0, NULL), 0);
+	CHECK_EQ(RX(0).drops[XV_DROP_VLAN], 2);
 	CHECK_EQ(w.nic.fill_p - w.nic.fill_c, FRAMES);
+	end();
+}
+
+/* Of a flood that a guest has no buffers for, only its VLAN's frames are its loss. */
+static void test_flood_without_buffers(void)
+{
+	begin(&in_10, NULL, NULL, FEATURES);
+	for (uint16_t i = 0; i < 11; i++) {
+		make_frame(frame, 60, everyone, w.guests[1].mac, 1);
+		memcpy(got, frame, 60);
+		driver_send(&w.guests[1], got, tagged(got, 60, i ? 20 : 10));
+	}
+	world_run(&w);
+	CHECK_EQ(RX(0).drops[XV_DROP_NO_BUFFERS], 1);
 	end();
 }
 
@@ -270,6 +291,105 @@ static void test_checksums(void)
 		}
 		end();
 	}
+}
+
+/* The checksum is written after the frame was judged, and its value is the guest's: never over what was judged. */
+static void test_checksum_over_the_header(void)
+{
+	const struct xv_policy_conf both = trunk(), *const policies[] = {&in_10, &both, &strict};
+
+	for (size_t p = 0; p < ARRAY_SIZE(policies); p++) {
+		uint32_t sent = 0;
+
+		begin(policies[p], &in_10, NULL, GSO_FEATURES);
+		for (uint16_t at = 14; at < 60; at++) {
+			const struct virtio_net_hdr hdr = {.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .csum_start = at};
+			uint32_t head = 18, len = 100;
+			uint8_t *buffer;
+
+			make_frame(frame, len, nobody, w.guests[0].mac, (uint8_t)at);
+			if (p == 1 || at & 1)
+				len = tagged(frame, len, p == 1 ? 10 : 0);
+			buffer = ring_buffer(&w.guests[0], &w.guests[0].ring[1], HEADER + len, 0);
+			memset(buffer, 0, HEADER);
+			memcpy(buffer, &hdr, sizeof(hdr));
+			memcpy(buffer + HEADER, frame, len);
+			world_run(&w);
+			len = nic_send(&w.nic, got);
+			if (!len)
+				continue;
+			sent++;
+			if (p == 0 && !(at & 1))
+				memmove(got + 12, got + 16, len - 16);
+			else if (p == 0)
+				put_be16(frame + 14, 10);
+			CHECK(!memcmp(got, frame, head));
+		}
+		CHECK(sent > 30);
+		CHECK_EQ(TX(0).drops[XV_DROP_BAD_HEADER], 46 - sent);
+		end();
+	}
+}
+
+/* The same with the guard of its IP addresses, which looks further; ordinary frames pass. */
+static void test_checksum_over_addresses(void)
+{
+	static const uint8_t arp[] = {0x08, 0x06, 0, 1, 8, 0, 6, 4, 0, 2, 0x52, 0x54, 0, 0, 0, 1, 10, 1, 2, 3};
+	const struct xv_ip own = {{10, 1, 2, 3}, 4};
+	const struct xv_policy_conf guarded = {.flags = XV_POLICY_SPOOF_CHECK | XV_POLICY_IP_CHECK, .nr_addresses = 1,
+					       .addresses = (uintptr_t)&own};
+	uint8_t *buffer;
+
+	begin(&guarded, NULL, NULL, GSO_FEATURES);
+	for (uint16_t at = 14; at < 58; at++) {
+		const struct virtio_net_hdr hdr = {.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .csum_start = at};
+
+		make_frame(frame, 60, nobody, w.guests[0].mac, 1);
+		memcpy(frame + 12, arp, sizeof(arp));
+		buffer = ring_buffer(&w.guests[0], &w.guests[0].ring[1], HEADER + 60, 0);
+		memset(buffer, 0, HEADER);
+		memcpy(buffer, &hdr, sizeof(hdr));
+		memcpy(buffer + HEADER, frame, 60);
+		world_run(&w);
+		CHECK_EQ(nic_send(&w.nic, got), 0);
+	}
+	CHECK_EQ(TX(0).drops[XV_DROP_BAD_HEADER], 58 - 14);
+	for (uint32_t at = 14; at < 60; at++) {
+		struct virtio_net_hdr hdr = {.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .csum_start = (uint16_t)at};
+		bool sent;
+
+		build(&f, &(struct spec){4, IPPROTO_UDP, 0, 0, 300}, nobody, w.guests[0].mac);
+		hdr.csum_offset = at == f.transport ? (uint16_t)f.field : 0;
+		buffer = ring_buffer(&w.guests[0], &w.guests[0].ring[1], HEADER + f.len, 0);
+		memset(buffer, 0, HEADER);
+		memcpy(buffer, &hdr, sizeof(hdr));
+		memcpy(buffer + HEADER, f.bytes, f.len);
+		world_run(&w);
+		sent = nic_send(&w.nic, got);
+		CHECK_EQ(sent, at == f.transport || at >= f.transport + 8);
+		CHECK(!sent || !memcmp(got, f.bytes, f.transport + 4));
+	}
+	end();
+}
+
+/* One that a tag would push out of what 16 bits can say. */
+static void test_a_checksum_too_far(void)
+{
+	const struct virtio_net_hdr hdr = {.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .csum_start = 65533, .csum_offset = 13};
+	static uint8_t large[66000];
+	uint8_t *buffer;
+
+	begin(&in_10, &in_10, NULL, GSO_FEATURES | 1ull << VIRTIO_NET_F_MRG_RXBUF);
+	post(1, 64);
+	make_frame(large, 65557, w.guests[1].mac, w.guests[0].mac, 1);
+	buffer = ring_buffer(&w.guests[0], &w.guests[0].ring[1], HEADER + 65557, 0);
+	memset(buffer, 0, HEADER);
+	memcpy(buffer, &hdr, sizeof(hdr));
+	memcpy(buffer + HEADER, large, 65557);
+	world_run(&w);
+	CHECK_EQ(TX(0).drops[XV_DROP_BAD_HEADER], 1);
+	CHECK_EQ(take(1, NULL), 0);
+	end();
 }
 
 /* Offer `f` as a GSO frame in one descriptor. */
@@ -323,6 +443,15 @@ static void test_gso(void)
 	}
 	CHECK_EQ(segments, 4);
 	CHECK_EQ(payload, 5000);
+	end();
+	/* with a priority: it keeps that, and gets the VLAN, in every segment */
+	begin(&in_10, NULL, NULL, GSO_FEATURES);
+	build(&f, &(struct spec){4, IPPROTO_TCP, 1, 0, 5000}, nobody, w.guests[0].mac);
+	put_be16(f.bytes + 14, 5 << 13);
+	send_gso(&w.guests[0], VIRTIO_NET_HDR_GSO_TCPV4);
+	for (segments = 0; (len = nic_send(&w.nic, got)); segments++)
+		CHECK_EQ(be16(got + 14), 5 << 13 | 10);
+	CHECK_EQ(segments, 4);
 	end();
 	/* in segments to a guest that takes none */
 	begin(&in_10, &in_10, NULL, GSO_FEATURES);
@@ -408,6 +537,19 @@ static void test_own_addresses_only(void)
 	CHECK_EQ(take(1, NULL), 62);
 	CHECK_EQ(take(1, NULL), 64);
 	CHECK_EQ(w.guests[0].ring[1].used->idx, w.guests[0].ring[1].avail->idx);
+	end();
+}
+
+/* Where anybody is in some VLANs only, everybody's frames get a head: also those of a guest that may do anything. */
+static void test_everybody_is_judged(void)
+{
+	const struct xv_policy_conf both = trunk();
+
+	begin(&both, NULL, NULL, FEATURES);
+	CHECK(w.dp->snap->ports[1].judged);
+	w.policies[0] = &strict;
+	world_publish(&w);
+	CHECK(w.dp->snap->ports[0].judged && !w.dp->snap->ports[1].judged);
 	end();
 }
 
@@ -588,10 +730,15 @@ int main(void)
 	test_trunk();
 	test_flood();
 	test_from_the_nic();
+	test_flood_without_buffers();
 	test_checksums();
+	test_checksum_over_the_header();
+	test_checksum_over_addresses();
+	test_a_checksum_too_far();
 	test_gso();
 	test_joined();
 	test_own_addresses_only();
+	test_everybody_is_judged();
 	test_changed_meanwhile();
 	test_isolated();
 	test_link_off();
