@@ -86,7 +86,7 @@ static __always_inline __u64 make_key(const struct ethhdr *eth, __u16 vlan)
 /* The slot that has this key, or -1. */
 static __always_inline int find(__u64 key)
 {
-	__u32 at = STEER_HASH(key);
+	__u32 at = steer_hash(key, config.factor);
 
 	for (int i = 0; i < STEER_PROBES; i++, at++) {
 		volatile struct steer_entry *entry = &table[at & (STEER_ENTRIES - 1)];

@@ -17,7 +17,7 @@
 
 /*
  * Section .bss: who owns an address in a VLAN, an open-addressed table that the program reads without a helper call, and
- * that control writes through a mapping. An address is in one of the STEER_PROBES entries from STEER_HASH() on, before
+ * that control writes through a mapping. An address is in one of the STEER_PROBES entries from steer_hash() on, before
  * the first that is empty; one that was taken out leaves `gone` behind, unless nothing follows.
  *
  * Control writes an entry's slot before its key, and the program looks at the key once more after the slot: an entry that
@@ -37,14 +37,23 @@ struct steer_entry {
 #define STEER_BITS 16
 #define STEER_ENTRIES (1 << STEER_BITS) /* at most 28 % of them taken: see MAX_MACS */
 #define STEER_PROBES 32
-#define STEER_HASH(key) ((__u32)(((key) * 0x9e3779b97f4a7c15ull) >> (64 - STEER_BITS)))
 #define STEER_EMPTY 0
 #define STEER_GONE_MAC 0x01 /* first byte of the address in an entry that is gone: a group's, which is never looked up */
 
 /* Section .rodata, set before loading, so that the verifier sees constants. All zero: nothing is steered. */
 struct steer_config {
 	__u32 nr_queues; /* receive queues of the NIC */
+	__u32 unused;
+	__u64 factor;    /* odd, and random: who can't know it can't choose addresses that meet in the table */
 };
+
+/* Where the search for a key begins. */
+static inline __u32 steer_hash(__u64 key, __u64 factor)
+{
+	__u64 hash = key * factor;
+
+	return (__u32)(((hash ^ hash >> 32) * 0x9e3779b97f4a7c15ull) >> (64 - STEER_BITS));
+}
 
 /* What became of a frame. */
 enum steer_verdict {

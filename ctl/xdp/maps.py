@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import secrets
 import struct
 import sys
 from collections.abc import Iterable, Iterator
@@ -30,9 +31,11 @@ ENTRY = struct.Struct("=QI4x")  # struct steer_entry
 ENTRIES, PROBES = 1 << 16, 32
 EMPTY = 0
 GONE = int.from_bytes(MAC.pack(0, b"\x01\0\0\0\0\0"), sys.byteorder)
-CONFIG = struct.Struct("=I")  # struct steer_config
+CONFIG = struct.Struct("=I4xQ")  # struct steer_config
 COUNTS = struct.Struct(f"={len(VERDICTS)}Q")  # struct steer_counts
 INDEX = struct.Struct("=I")
+WORD = (1 << 64) - 1
+FACTOR = secrets.randbits(64) | 1  # of this process's programs
 
 
 def row(nr_queues: int, slot: int | None, queue: int) -> int:
@@ -49,12 +52,13 @@ def size_maps(obj: BpfObject, nr_queues: int) -> None:
     """Before loading: `nr_queues` receive queues, and room for MAX_SLOTS guests on each."""
     obj.map("xsks").set_max_entries(MAX_SLOTS * nr_queues)
     obj.map("verdicts").set_max_entries((MAX_SLOTS + 1) * nr_queues)
-    obj.map(".rodata").set_initial(CONFIG.pack(nr_queues))
+    obj.map(".rodata").set_initial(CONFIG.pack(nr_queues, FACTOR))
 
 
 def hash_of(key: int) -> int:
-    """STEER_HASH."""
-    return (key * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 48
+    """steer_hash."""
+    mixed = key * FACTOR & WORD
+    return ((mixed ^ mixed >> 32) * 0x9E3779B97F4A7C15 & WORD) >> 48
 
 
 class AddressTable:

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <sys/random.h>
 
 #define KEEP_LEAST 1u
 
@@ -250,6 +251,9 @@ static int add_macs(struct snapshot *snap, const struct xv_mac_conf *confs, uint
 		bits++;
 	snap->mac_mask = (uint32_t)((1ull << bits) - 1);
 	snap->mac_shift = 64 - bits;
+	if (getrandom(&snap->mac_factor, sizeof(snap->mac_factor), GRND_NONBLOCK) != sizeof(snap->mac_factor))
+		snap->mac_factor = cycles_now(); /* early in the machine's life */
+	snap->mac_factor |= 1;
 	snap->macs = malloc(((size_t)snap->mac_mask + 1) * sizeof(snap->macs[0]));
 	if (!snap->macs)
 		return -ENOMEM;

@@ -108,6 +108,7 @@ struct snapshot {
 	uint64_t serial; /* tells it from a later one at the same address */
 	struct port *ports;
 	struct nic *nics;
+	uint64_t mac_factor;    /* odd, and random: guests that learn can't choose addresses that meet in the table */
 	struct mac_entry *macs; /* mac_mask + 1 slots, at most half of them taken */
 	uint32_t nr_ports, nr_nics, mac_mask, mac_shift;
 	uint32_t nr_workers;
@@ -124,7 +125,9 @@ static inline uint64_t mac_key(const uint8_t mac[6], uint16_t vlan)
 
 static inline uint32_t mac_slot(const struct snapshot *snap, uint64_t key)
 {
-	return (uint32_t)((key * 0x9e3779b97f4a7c15ull) >> snap->mac_shift) & snap->mac_mask;
+	const uint64_t hash = key * snap->mac_factor;
+
+	return (uint32_t)(((hash ^ hash >> 32) * 0x9e3779b97f4a7c15ull) >> snap->mac_shift) & snap->mac_mask;
 }
 
 static inline uint32_t mac_find(const struct snapshot *snap, uint64_t key)
