@@ -6,6 +6,9 @@ amends it, and `{"id": 3, "done": true}` says that it was undone. What is announ
 left behind; an entry may describe a change that never came to be, so undoing must be harmless then. A last line cut
 short by a crash was never followed by its change, and is ignored.
 
+Once the file has COMPACT_FROM bytes, and more than half of them are of no use any more, it is written anew without
+them: to another file beside it, which then takes its place. A crash leaves one of the two, and they say the same.
+
 Undoing runs backwards. How each kind is undone is in `ctl/links/undo.py`; an orderly shutdown goes the same way.
 """
 
@@ -22,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import XdpvhostError
+
+COMPACT_FROM = 64 << 10  # bytes
 
 log = logging.getLogger(__name__)
 
@@ -59,29 +64,35 @@ class Journal:
         self._handlers = handlers
         self._pending: dict[int, Entry] = {}
         self._next = 1
+        self._lengths: dict[int, int] = {}  # of the last lines of pending entries
+        self._compact_from = COMPACT_FROM
+        self._new = path.with_name(f"{path.name}.new")
         self._load()
 
     def record(self, kind: str, **args: Any) -> Entry:
         """Announce a change. When this returns it is on disk, and the change may be made."""
         entry = Entry(self._next, kind, dict(args))
         self._next += 1
-        self._write({"id": entry.id, "kind": kind, "args": entry.args})
+        size = self._write(_encode(entry))
         self._pending[entry.id] = entry
+        self._announced(entry, size)
         return entry
 
     def amend(self, entry: Entry, **args: Any) -> None:
         """Add what became known about a change only after it was made."""
         entry.args.update(args)
-        self._write({"id": entry.id, "kind": entry.kind, "args": entry.args})
+        self._announced(entry, self._write(_encode(entry)))
 
     def done(self, entry: Entry) -> None:
         """The change is undone. A second time does nothing."""
         if self._pending.pop(entry.id, None) is None:
             return
+        self._lengths.pop(entry.id, None)
         if self._pending:
-            self._write({"id": entry.id, "done": True})
+            self._compact(self._write(_json({"id": entry.id, "done": True})))
         else:
             self.path.unlink(missing_ok=True)
+            self._compact_from = COMPACT_FROM
 
     def pending(self) -> list[Entry]:
         """What is not undone yet, oldest first."""
@@ -118,6 +129,8 @@ class Journal:
             ) from None
 
     def _load(self) -> None:
+        with contextlib.suppress(OSError):
+            self._new.unlink()  # of a compaction that a crash cut short
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
@@ -132,7 +145,9 @@ class Journal:
                 key = int(item["id"])
                 if item.get("done"):
                     self._pending.pop(key, None)
+                    self._lengths.pop(key, None)
                 else:
+                    self._lengths[key] = len(line) + 1
                     self._pending[key] = Entry(key, str(item["kind"]), dict(item["args"]))
             except (ValueError, KeyError, TypeError) as exc:
                 raise XdpvhostError(
@@ -140,8 +155,34 @@ class Journal:
                 ) from exc
             self._next = max(self._next, key + 1)
 
-    def _write(self, item: Mapping[str, Any]) -> None:
-        data = json.dumps(item, separators=(",", ":")).encode() + b"\n"
+    def _announced(self, entry: Entry, size: int) -> None:
+        """Its line is the last one of a file of `size` bytes."""
+        self._lengths[entry.id] = len(_encode(entry))
+        self._compact(size)
+
+    def _compact(self, size: int) -> None:
+        """Write it anew with what is pending alone, if that is less than half of its `size`. Logs, never raises."""
+        if size < self._compact_from or size <= 2 * sum(self._lengths.values()):
+            return
+        data = b"".join(map(_encode, self._pending.values()))
+        try:
+            fd = os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                if os.write(fd, data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(self._new, self.path)
+            self._sync_directory()
+        except OSError as exc:
+            log.warning("%s: can't be written anew without what is done, so it grows: %s", self.path, exc.strerror)
+            self._compact_from = 2 * size
+            with contextlib.suppress(OSError):
+                self._new.unlink()
+
+    def _write(self, data: bytes) -> int:
+        """Append a line. Answers the size of the file then."""
         is_new = not self.path.exists()
         fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -157,8 +198,20 @@ class Journal:
         finally:
             os.close(fd)
         if is_new:
-            directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            self._sync_directory()
+        return size + len(data)
+
+    def _sync_directory(self) -> None:
+        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _encode(entry: Entry) -> bytes:
+    return _json({"id": entry.id, "kind": entry.kind, "args": entry.args})
+
+
+def _json(item: Mapping[str, Any]) -> bytes:
+    return json.dumps(item, separators=(",", ":")).encode() + b"\n"

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The journal on disk: what it remembers after a crash at any point."""
 
+import errno
 import os
+import signal
 import stat
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from xdpvhost.errors import NicError, XdpvhostError
-from xdpvhost.links.journal import Journal
+from xdpvhost.links.journal import COMPACT_FROM, Journal
 from xdpvhost.links.undo import handlers
 
 
@@ -144,6 +147,117 @@ def test_a_full_disk_takes_no_half_line(path: Path, host: Host, monkeypatch: pyt
     first.record("number", number=2)
     assert [entry.args["number"] for entry in first.pending()] == [0, 2]
     assert [entry.args["number"] for entry in journal(path, host).pending()] == [0, 2]
+
+
+def test_it_stays_small(path: Path, host: Host) -> None:
+    """While one entry is pending all the time, thousands come and go."""
+    first = journal(path, host)
+    forever = first.record("number", number=-1)
+    recent = deque(first.record("number", number=number) for number in range(9))
+    largest = 0
+    for number in range(9, 4000):
+        recent.append(first.record("number", number=number))
+        first.done(recent.popleft())
+        first.amend(forever, last=number)
+        largest = max(largest, path.stat().st_size)
+    assert COMPACT_FROM / 2 < largest < COMPACT_FROM + 200
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [item.name for item in path.parent.iterdir()] == [path.name]
+    again = journal(path, host)
+    assert again.pending() == first.pending() == [forever, *recent]
+    assert all(item.ok for item in again.replay_undo())
+    assert host.undone == [*reversed(range(3991, 4000)), -1]
+    assert list(path.parent.iterdir()) == []
+
+
+def test_much_that_is_pending_is_kept(path: Path, host: Host) -> None:
+    """It grows to twice what is pending, and no entry is lost when it is written anew."""
+    first = journal(path, host)
+    entries = [first.record("number", number=number, what="x" * 80) for number in range(1000)]
+    least = path.stat().st_size
+    assert least > COMPACT_FROM
+    for _ in range(5):
+        for entry in entries[500:600]:
+            first.amend(entry, what="y" * 80)
+        assert path.stat().st_size < 2 * least + 200
+    assert journal(path, host).pending() == entries
+    for entry in entries[1:]:
+        first.done(entry)
+    assert path.stat().st_size < COMPACT_FROM + 200
+    assert journal(path, host).pending() == entries[:1]
+
+
+def test_killed_while_it_is_written_anew(path: Path, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, after and within every system call of it: what is pending then is what was before."""
+    first = journal(path, host)
+    kept = first.record("number", number=0)
+    while path.stat().st_size < COMPACT_FROM - 120:
+        first.done(first.record("number", number=1))
+    other = first.record("number", number=2)
+    before = path.read_bytes()
+    assert COMPACT_FROM - 120 < len(before) < COMPACT_FROM
+    sizes = []
+    for step in range(40):
+        path.write_bytes(before)
+        pid = os.fork()
+        if not pid:  # pragma: no cover
+            _die_at(step, monkeypatch)
+            first.amend(kept, more="z" * 80)
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        again = journal(path, host)
+        assert [(entry.id, entry.kind, entry.args["number"]) for entry in again.pending()] == [
+            (kept.id, "number", 0),
+            (other.id, "number", 2),
+        ]
+        sizes.append(path.stat().st_size)
+        assert [item.name for item in path.parent.iterdir()] == [path.name]
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    else:
+        pytest.fail("it was killed each time")
+    assert step > 8
+    assert sizes[0] == len(before)
+    assert max(sizes) > len(before)
+    assert sizes[-1] < 300
+
+
+def _die_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Kill this process at its system call number `step`; a write is half done then."""
+    left = [step]
+    for name in ("open", "write", "fsync", "close", "rename"):
+        patch.setattr(os, name, _dying(getattr(os, name), left))
+
+
+def _dying(call: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not left[0]:
+            if call.__name__ == "write":
+                call(args[0], args[1][: len(args[1]) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return call(*args, **kwargs)
+
+    return wrapped
+
+
+def test_no_room_to_write_it_anew(path: Path, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on as it is."""
+    first = journal(path, host)
+    kept = first.record("number", number=0)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        for number in range(1, 1500):
+            first.done(first.record("number", number=number))
+    assert path.stat().st_size > COMPACT_FROM
+    assert [item.name for item in path.parent.iterdir()] == [path.name]
+    assert journal(path, host).pending() == [kept]
 
 
 def test_only_some(path: Path, host: Host) -> None:
