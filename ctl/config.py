@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 from .spec_policy import PORT_KEYS, PORT_MODES, PortSpec, canonical, describe_vlans, overlap, port_of
+from .spec_values import whole_number
 
 SocketMode = Literal["server", "client"]
 PollMode = Literal["adaptive", "busy", "interrupt"]
@@ -287,7 +288,9 @@ def change_guest(spec: GuestSpec, changes: Mapping[str, str]) -> GuestSpec:
     Raises ConfigError as `parse_guest` does, and for keys that a guest keeps for as long as it is there.
     """
     what = f"guest {spec.name!r}"
-    for key in changes:
+    for key, value in changes.items():
+        if "," in value:
+            raise ConfigError(f"{what}: {key}={value!r} has a comma, which ends a value; give each key its own")
         if key in FIXED_KEYS:
             raise ConfigError(
                 f"{what}: {key}= can't be changed while it is there; `xdpvhost guest rm {spec.name}`, then `guest add`"
@@ -321,9 +324,10 @@ def check_name(name: str, what: str) -> str:
 
 
 def _parse_queues(text: str, what: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_PAIRS:
+    value = whole_number(text)
+    if value is None or not 1 <= value <= MAX_PAIRS:
         raise ConfigError(f"{what}: queues={text} is not a number of queue pairs; use 1 to {MAX_PAIRS}")
-    return int(text)
+    return value
 
 
 def check_socket(path: Path, what: str) -> Path:
@@ -404,12 +408,13 @@ def parse_moves(texts: Iterable[str]) -> dict[str, int]:
     """GUEST=WORKER, any number of them. Raises ConfigError."""
     moves: dict[str, int] = {}
     for text in texts:
-        name, equals, worker = text.rpartition("=")
-        if not equals or not name or not worker.isascii() or not worker.isdigit() or int(worker[:9]) >= MAX_WORKERS:
+        name, _, number = text.rpartition("=")
+        worker = whole_number(number)
+        if not name or worker is None or worker >= MAX_WORKERS:
             raise ConfigError(f"{text!r} is not GUEST=WORKER; workers are numbers below {MAX_WORKERS}, from 0 on")
         if name in moves:
             raise ConfigError(f"guest {name!r} is given twice; give it once")
-        moves[name] = int(worker)
+        moves[name] = worker
     return moves
 
 
@@ -433,10 +438,10 @@ def parse_metrics(text: str) -> MetricsAddress | None:
         return None
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    good_port = port.isascii() and port.isdigit() and int(port[:9]) <= 65535
-    if not colon or not host or not good_port or (":" in host and not bracketed):
+    number = whole_number(port)
+    if not colon or not host or number is None or number > 65535 or (":" in host and not bracketed):
         raise ConfigError(f"--metrics {text}: not ADDR:PORT; write 127.0.0.1:9477, [::1]:9477 or none")
-    return MetricsAddress(host[1:-1] if bracketed else host, int(port))
+    return MetricsAddress(host[1:-1] if bracketed else host, number)
 
 
 def check_options(mode: Mode, serve: Serve, given: Iterable[str]) -> None:

@@ -37,6 +37,7 @@ SHORTEST_FRAME = 64
 BURST_SECONDS = 100  # the default burst is what the rate sends in a hundredth of a second,
 LEAST_BURST = (1 << 16) + 64  # and at least the longest frame that there is
 MAX_STORM = 10**9
+LIMIT_KEYS = ("tx-rate", "tx-burst", "rx-rate", "rx-burst")  # that are measured by an MTU
 
 
 class _Key(NamedTuple):
@@ -166,8 +167,8 @@ def _check_limits(what: str, way: str, bits: int, burst: int | None, frame: int)
         )
     if burst is not None and burst < frame:
         raise ConfigError(
-            f"{what}: {way}-burst={values.write_size(burst)} is below one frame of {frame} bytes, which would never "
-            f"pass; give it {frame} or more, or leave it out"
+            f"{what}: {way}-burst={values.write_size(burst)} is below one frame of {frame} bytes: each frame would "
+            f"have to wait until it is paid; give it {frame} or more, or leave it out"
         )
 
 
@@ -180,15 +181,23 @@ def _storm_bucket(what: str, found: _Read) -> Bucket:
     return Bucket(rate, rate if burst is None else burst)
 
 
-def check_mtu(spec: GuestSpec, mtu: int) -> None:
-    """Raises ConfigError for limits that no full frame on a device with this MTU passes."""
-    if spec.mode not in PORT_MODES:
+def check_mtu(spec: GuestSpec, mtu: int, before: GuestSpec | None = None) -> None:
+    """Raises ConfigError for limits below one full frame of a device with this MTU.
+
+    `before`: what the guest has been until now. Its limits, if they stay, were right when they were set: that the MTU
+    has grown since is no reason to refuse another change.
+    """
+    if spec.mode not in PORT_MODES or (before is not None and _limits(before) == _limits(spec)):
         return
     what = f"guest {spec.name!r}"
     found = _read(what, ((key, text) for key, text in spec.keys if key in _KEYS))
     for way in ("tx", "rx"):
         if found[f"{way}-rate"]:
             _check_limits(what, way, found[f"{way}-rate"], found[f"{way}-burst"], mtu + FRAME_OVERHEAD)
+
+
+def _limits(spec: GuestSpec) -> Keys:
+    return tuple((key, text) for key, text in spec.keys if key in LIMIT_KEYS)
 
 
 def canonical(name: str, keys: Iterable[tuple[str, str]]) -> Keys:

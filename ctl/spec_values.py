@@ -21,8 +21,16 @@ MAX_RATE = 10**12
 MAX_BURST = 2**30
 MAX_ADDRESSES = 64  # XV_MAX_ADDRESSES
 
+MAX_DIGITS = 15
+
 _RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
+_THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
 _QUANTITY = re.compile(r"(\d{1,15})([kKMG]?)", re.ASCII)
+
+
+def whole_number(text: str) -> int | None:
+    """Decimal digits, 15 of them at most; None: it is something else. Also for options and other keys than these."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else None
 
 
 def switch(text: str, what: str) -> bool:
@@ -37,17 +45,19 @@ def write_switch(value: bool) -> str:
 
 def number(least: int, most: int) -> Callable[[str, str], int]:
     def read(text: str, what: str) -> int:
-        if not text.isascii() or not text.isdigit() or not least <= int(text[:12]) <= most:
+        value = whole_number(text)
+        if value is None or not least <= value <= most:
             raise ConfigError(f"{what} is not a number from {least} to {most}")
-        return int(text)
+        return value
 
     return read
 
 
 def vlan(text: str, what: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:6]) <= MAX_VLAN:
+    value = whole_number(text)
+    if value is None or not 1 <= value <= MAX_VLAN:
         raise ConfigError(f"{what} is no VLAN; use 1 to {MAX_VLAN}, or leave it out for a guest of no VLAN")
-    return int(text)
+    return value
 
 
 def vlans(text: str, what: str) -> frozenset[int]:
@@ -84,14 +94,27 @@ def addresses(text: str, what: str) -> tuple[Ip, ...]:
             address = ipaddress.ip_address(part)
         except ValueError:
             raise ConfigError(f"{what}: {part!r} is no IP address; write one, or several with + between") from None
-        if address.is_multicast or address.is_unspecified or address.is_loopback or address.is_link_local:
+        if isinstance(address, ipaddress.IPv6Address) and address.scope_id is not None:
+            raise ConfigError(
+                f"{what}: {part} has a scope, which ends at this machine; leave out what follows the address"
+            )
+        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+            raise ConfigError(f"{what}: {part} is an IPv4 address in IPv6 notation; write {address.ipv4_mapped}")
+        if _is_nobodys(address):
             raise ConfigError(f"{what}: {part} is no address that can be routed to a guest")
         if address in found:
-            raise ConfigError(f"{what}: {part} is there twice; give it once")
+            raise ConfigError(f"{what}: {address} is there twice; give it once")
         found.append(address)
     if len(found) > MAX_ADDRESSES:
         raise ConfigError(f"{what[:60]}…: {len(found)} addresses, and a guest may have {MAX_ADDRESSES}")
     return tuple(found)
+
+
+def _is_nobodys(address: Ip) -> bool:
+    """No single machine's, or not one that others could reach."""
+    if address.is_multicast or address.is_unspecified or address.is_loopback or address.is_link_local:
+        return True
+    return address.version == 4 and (address.is_reserved or address in _THIS_NETWORK)
 
 
 def write_addresses(values: Iterable[Ip]) -> str:

@@ -29,6 +29,7 @@ from ..links.netlink import Link, get_link
 from ..links.pci import Function, Lacking
 from ..links.vfconfig import VfSettings
 from ..qemu import DEFAULT_DEVICE
+from ..spec_values import whole_number
 from .base import Facts, LinkCounters, QemuNet
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ def _number(spec: GuestSpec, key: str, most: int) -> int | None:
     text = spec.key(key)
     if text is None:
         return None
-    if not text.isascii() or not text.isdigit() or int(text[:12]) > most:
+    value = whole_number(text)
+    if value is None or value > most:
         raise ConfigError(f"guest {spec.name!r}: {key}={text} is not a number from 0 to {most}")
-    return int(text)
+    return value
 
 
 def _choice(spec: GuestSpec, key: str, choices: dict[str, Any]) -> Any:

@@ -80,6 +80,8 @@ def test_a_relative_socket_is_where_the_user_stands(tmp_path: Path, monkeypatch:
         (f"name=vm1,mac={MAC},queues=two", ["queues=two"]),
         (f"name=vm1,mac={MAC},queues=²", ["queues=²"]),
         (f"name=vm1,mac={MAC},queues={'9' * 5000}", ["1 to 128"]),
+        (f"name=vm1,mac={MAC},queues=000000001999", ["1 to 128"]),
+        (f"name=vm1,mac={MAC},queues={'0' * 5000}1", ["1 to 128"]),
         (f"name=vm1,mac={MAC},socket-mode=both", ["socket-mode=both", "server or client"]),
         (f"name=vm1,mac={MAC},socket=/{'s' * 107}", ["108 bytes", "107", "--run-dir"]),
         (f"name=vm1,mac={MAC},socket=/tmp/\0x", ["unprintable"]),
@@ -143,7 +145,9 @@ def test_metrics_addresses(text: str, address: MetricsAddress | None) -> None:
     assert address is None or str(address) == text
 
 
-@pytest.mark.parametrize("text", ["", "9477", ":9477", "host:", "host:x", "host:65536", "::1:9477", "host:-1", "h:²"])
+@pytest.mark.parametrize(
+    "text", ["", "9477", ":9477", "host:", "host:x", "host:65536", "::1:9477", "host:-1", "h:²", "h:00000000099999"]
+)
 def test_bad_metrics_addresses(text: str) -> None:
     with pytest.raises(ConfigError, match="--metrics"):
         parse_metrics(text)

@@ -53,6 +53,7 @@ def test_everything_asked() -> None:
         (",min-rate=2,max-rate=1", "min-rate=2 is above max-rate=1; give it 1 or less"),
         (",max-rate=1.5", "max-rate=1.5 is not a number"),
         (",link=up", "link=up is unknown; use auto or enable or disable"),
+        (",vf=0000000000000070000", "is not a number from 0 to 65535"),
         (",vf=x", "vf=x is not a number from 0 to 65535"),
         (",to=vm", "to=vm is unknown; use vfio, netdev or netns:NAME"),
         (",to=netns", "to=netns is unknown"),

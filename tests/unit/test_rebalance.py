@@ -107,7 +107,7 @@ def test_a_plan_is_never_worse_and_is_not_followed_by_another(
 
 def test_moves_as_they_are_told() -> None:
     assert parse_moves(["vm1=0", "vm2=13"]) == {"vm1": 0, "vm2": 13}
-    for text in ("vm1", "=1", "vm1=", "vm1=x", "vm1=-1", "vm1=64", "vm1=²"):
+    for text in ("vm1", "=1", "vm1=", "vm1=x", "vm1=-1", "vm1=64", "vm1=00000000000000064", "vm1=²"):
         with pytest.raises(ConfigError, match="is not GUEST=WORKER"):
             parse_moves([text])
     with pytest.raises(ConfigError, match="guest 'vm1' is given twice"):

@@ -95,7 +95,17 @@ def test_rates_are_bits_and_bursts_are_bytes(keys: str, bucket: Bucket) -> None:
         ("learn=4,spoof-check=off", ["learn=4 with spoof-check=off"]),
         ("isolated=1", ["isolated=1 is unknown"]),
         ("address=10.0.0.1+10.0.0.1", ["is there twice"]),
+        ("address=2001:db8::1+2001:DB8:0::0:1", ["2001:db8::1 is there twice"]),
         ("address=224.0.0.1", ["no address that can be routed"]),
+        ("address=255.255.255.255", ["no address that can be routed"]),
+        ("address=240.0.0.1", ["no address that can be routed"]),
+        ("address=0.1.2.3", ["no address that can be routed"]),
+        ("address=10.0.0.1+::ffff:10.0.0.1", ["IPv4 address in IPv6 notation; write 10.0.0.1"]),
+        ("address=2001:db8::1%eth0", ["2001:db8::1%eth0 has a scope"]),
+        ("vlan=0000000004095", ["is no VLAN"]),
+        (f"vlan={'0' * 5000}1", ["is no VLAN"]),
+        ("storm=0000000000001000000001", ["is not a number"]),
+        ("learn=0000000000000000001025", ["is not a number"]),
         ("address=vm", ["'vm' is no IP address"]),
         ("address=" + "+".join(f"10.0.0.{n}" for n in range(1, 66)), ["65 addresses", "64"]),
         ("storm=-1", ["storm=-1 is not a number"]),
@@ -131,6 +141,18 @@ def test_limits_are_measured_by_the_mtu(keys: str, mtu: int, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         check_mtu(spec, mtu)
     check_mtu(spec, 1400 if mtu == 1500 else 1500)
+
+
+def test_limits_that_stay_are_not_measured_again() -> None:
+    """The MTU has grown; the guest's link can be taken down all the same."""
+    before = guest("tx-rate=1M,tx-burst=1600,vlan=10")
+    for changes in ({"link": "off"}, {"vlan": "20", "storm": "5"}, {"tx-rate": "1000k"}):
+        check_mtu(change_guest(before, changes), 9000, before)
+    for changes in ({"tx-rate": "2M"}, {"tx-burst": "1700"}, {"rx-rate": "1000"}):
+        with pytest.raises(ConfigError, match="below one frame of 9018 bytes"):
+            check_mtu(change_guest(before, changes), 9000, before)
+    with pytest.raises(ConfigError, match="below one frame of 9018 bytes: each frame would have to wait"):
+        check_mtu(before, 9000)
 
 
 def test_the_default_burst_passes_any_frame() -> None:
@@ -249,6 +271,14 @@ def test_what_a_guest_keeps(key: str) -> None:
 def test_a_change_is_checked_as_a_whole(changes: dict[str, str], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         change_guest(guest("trunk=10"), changes)
+
+
+@pytest.mark.parametrize("key", ["learn", "mac-change", "vlan", "trunk"])
+def test_a_value_brings_no_other_key_with_it(key: str) -> None:
+    """Over the API a value is any text."""
+    for more in ("iface=eth9", "socket=/tmp/x", "name=vm2", ""):
+        with pytest.raises(ConfigError, match=f"guest 'vm1': {key}=.* has a comma"):
+            change_guest(guest(), {key: f"8,{more}"})
 
 
 def test_constants_are_the_data_planes() -> None:
