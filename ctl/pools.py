@@ -46,6 +46,11 @@ class Place:
         return keys_of(self.spec.port.policy, self.macs)
 
     @cached_property
+    def of_spec(self) -> frozenset[Key]:
+        """What its SPEC says alone: the guest has no say in these."""
+        return keys_of(self.spec.port.policy, self.spec.port.macs)
+
+    @cached_property
     def keys(self) -> frozenset[Key]:
         return self.configured | self.learned
 

@@ -476,7 +476,7 @@ class Switch:
     @staticmethod
     def _sort_by_rules(entry: GuestEntry) -> None:
         """The NIC brings what is configured to one queue; RSS spreads what has several pairs to go to."""
-        entry.nic.sort_by_rules(entry.slot, entry.place.configured if entry.max_pairs == 1 else ())
+        entry.nic.sort_by_rules(entry.slot, entry.place.of_spec if entry.max_pairs == 1 else ())
 
     def _move_and_take(self, places: Mapping[GuestEntry, Place], losers: Mapping[GuestEntry, Place]) -> None:
         """`losers` are as `_without_learned` has them: what they lose is counted."""

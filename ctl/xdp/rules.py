@@ -6,6 +6,10 @@ frame all the same, and a guest has a socket at every queue. So a rule that can'
 chooses the queue then, "in software" as `status` says. A guest with several queue pairs gets no rules: RSS spreads its
 frames over them.
 
+Only a SPEC's addresses get rules: a guest can ask for others a thousand times a second, and each rule is written to the
+journal and to the NIC. A driver that takes no rule for an address is asked once, and so is one that takes none for an
+address in a VLAN.
+
 An address in one VLAN (an access port's) gets a rule for that VLAN, if the NIC takes such, else one for the address.
 """
 
@@ -69,6 +73,8 @@ class GuestRules:
         self._made: dict[int, dict[Rule, Rule]] = {}  # what was wanted, and what it became
         self._refused: dict[int, dict[Rule, Refusal]] = {}
         self._told: set[str] = set()
+        self._none: Refusal | None = None  # the driver takes no such rules
+        self._no_vlans = False  # not with a VLAN
 
     def __str__(self) -> str:
         if self._own is None:
@@ -109,18 +115,31 @@ class GuestRules:
                 self._try(slot, rule)
 
     def _try(self, slot: int, rule: Rule) -> None:
-        assert self._own is not None
+        if self._none is not None:
+            self._refuse(slot, rule, self._none)
+            return
         try:
-            try:
-                self._made[slot][rule] = self._add(rule)
-            except OSError as exc:
-                if rule.vlan is None or exc.errno not in NO_SUCH_RULE:
-                    raise
-                self._made[slot][rule] = self._add(Rule(rule.mac, rule.queue))
+            self._made[slot][rule] = self._add_one_of(rule)
         except OSError as exc:
             refusal = Refusal.of(exc)
-            self._refused[slot][rule] = refusal
-            self._tell(rule, refusal.why)
+            if exc.errno in NO_SUCH_RULE:
+                self._none = refusal
+            self._refuse(slot, rule, refusal)
+
+    def _add_one_of(self, rule: Rule) -> Rule:
+        """The rule, or the one without its VLAN where the driver has none for VLANs. Raises OSError."""
+        if rule.vlan is not None and not self._no_vlans:
+            try:
+                return self._add(rule)
+            except OSError as exc:
+                if exc.errno not in NO_SUCH_RULE:
+                    raise
+                self._no_vlans = True
+        return self._add(Rule(rule.mac, rule.queue) if rule.vlan is not None else rule)
+
+    def _refuse(self, slot: int, rule: Rule, refusal: Refusal) -> None:
+        self._refused[slot][rule] = refusal
+        self._tell(rule, refusal.why)
 
     def _add(self, rule: Rule) -> Rule:
         """Raises OSError."""

@@ -7,12 +7,15 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from support.card import Card
 from support.process import run
+from xdpvhost.config import parse_guest
+from xdpvhost.datapath import Addresses
 from xdpvhost.links import ethtool, ntuple
 from xdpvhost.links.ethtool import Feature
 from xdpvhost.links.journal import Journal
@@ -20,6 +23,8 @@ from xdpvhost.links.netlink import Link
 from xdpvhost.links.nicprep import NTUPLE, NicPrep
 from xdpvhost.links.ntuple import FLOW_SPEC, LOC_ANY, RXNFC, RXNFC_SIZE, SRXCLSRLDEL, SRXCLSRLINS, OwnRules, Rule
 from xdpvhost.links.undo import handlers
+from xdpvhost.pools import Place
+from xdpvhost.switch import Switch
 from xdpvhost.xdp.maps import VLAN_ANY
 from xdpvhost.xdp.rules import GuestRules, rules_for
 
@@ -326,6 +331,51 @@ def test_a_nic_that_takes_none(host: Host, card: Card, why: str) -> None:
     assert str(guests) == "0 in hardware"
     assert card.rules == before
     assert not host.journal().pending()
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_driver_without_rules_is_asked_once(host: Host, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Whatever guests come and change after that: nothing goes to the NIC, and nothing into the journal."""
+    host.insert_card(Card(refuses=code))
+    guests = host.guests()
+    guests.set(1, [(100, MACS[0]), (100, MACS[1])])
+    said = str(guests)
+    assert said.startswith("0 in hardware, 2 in software: the driver has no ")
+
+    def spoil(*_: object) -> None:
+        pytest.fail("asked again")
+
+    monkeypatch.setattr(ntuple, "ethtool_ioctl", spoil)
+    monkeypatch.setattr(Journal, "record", spoil)
+    guests.set(2, transparent(*MACS[2:9]))
+    guests.set(1, transparent(*MACS[9:]))
+    guests.drop(2)
+    guests.set(1, [(100, MACS[0]), (100, MACS[1])])
+    assert str(guests) == said
+
+
+def test_a_nic_without_rules_for_vlans_is_asked_once(host: Host) -> None:
+    host.insert_card(Card(vlans=False))
+    asked: list[str] = []
+    add = host.own.add
+    host.own.add = lambda rule: asked.append(str(rule)) or add(rule)  # type: ignore[method-assign, func-returns-value]
+    guests = host.guests()
+    for slot in range(1, 4):
+        guests.set(slot, [(100, MACS[slot])])
+    assert ["vlan" in text for text in asked] == [True, False, False, False]
+    assert str(guests) == "3 in hardware"
+
+
+def test_rules_are_for_what_the_spec_says() -> None:
+    """And not for what a guest asks for by its control virtqueue, as fast as it can, or uses."""
+    spec = parse_guest(f"name=vm1,mac={MACS[0].hex(':')},macs={MACS[1].hex(':')},vlan=7,mac-change=allow,learn=4")
+    place = Place(spec, Addresses(MACS[2], (MACS[3], MACS[4])), frozenset({(7, MACS[5])}))
+    assert {mac for _, mac in place.keys} == set(MACS[:6])
+    told: list[object] = []
+    nic = SimpleNamespace(sort_by_rules=lambda *got: told.append(got))
+    entry = SimpleNamespace(place=place, slot=5, max_pairs=1, nic=nic)
+    Switch._sort_by_rules(entry)  # type: ignore[arg-type]
+    assert told == [(5, {(7, MACS[0]), (7, MACS[1])})]
 
 
 def test_vlans(host: Host) -> None:
