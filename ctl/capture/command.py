@@ -76,6 +76,13 @@ def run(run_dir: Path, wishes: Wishes) -> None:
     with contextlib.ExitStack() as stack:
         program = stack.enter_context(Filter(wishes.expression)) if wishes.expression else None
         interrupted = _until_interrupted(stack)
+        sink: _Sink = _Terminal()
+        if wishes.output is not None:
+            try:
+                sink = stack.enter_context(Output(wishes.output, interrupted))
+            except Gone:
+                log.info("nobody reads %s; nothing was captured", wishes.output)
+                return
         session = stack.enter_context(api.Session(run_dir))
         facts = session.call(
             "capture-start",
@@ -87,9 +94,6 @@ def run(run_dir: Path, wishes: Wishes) -> None:
         finally:
             os.close(fd)
         reader = stack.enter_context(_reader(memory, wishes, program))
-        sink: _Sink = _Terminal()
-        if wishes.output is not None:
-            sink = stack.enter_context(Output(wishes.output, interrupted))
         _Capture(session, reader, sink, wishes, facts, interrupted).run()
 
 

@@ -26,6 +26,11 @@ class CaptureMemory:
         self.address = ctypes.addressof(first)
         del first
 
+    @property
+    def ring(self) -> int:
+        """Bytes of its ring."""
+        return self.size - PAGE
+
     @classmethod
     def make(cls, ring: int) -> tuple[Self, int]:
         """New memory for a ring of `ring` bytes, and its descriptor, which is the caller's. All of it is there already:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST = 1 << 30  # bytes of a ring
+MOST = 1 << 30  # bytes of all rings together
 SNAPLEN_MOST = 262144  # what libpcap has for a maximum; no frame is longer
 
 
@@ -70,6 +70,7 @@ class Captures:
     def __init__(self, switch: Switch, lock: threading.Lock) -> None:
         self._switch = switch
         self._lock = lock
+        self._coming: dict[object, tuple[str, int]] = {}  # captures whose memory is being made: whose, bytes
 
     async def start(self, params: Params) -> Held:
         """API method capture-start.
@@ -84,7 +85,13 @@ class Captures:
             raise ConfigError(f"api request: buffer={size} is no power of two")
         what = f"{kind} {self._name(port)!r}"
         self._check_free(port, what)
-        memory, fd = await asyncio.to_thread(CaptureMemory.make, size)  # a GiB takes some tenths of a second
+        self._check_room(what, size)
+        this = object()
+        self._coming[this] = f"{what} (about to begin)", size
+        try:
+            memory, fd = await asyncio.to_thread(CaptureMemory.make, size)  # a GiB takes some tenths of a second
+        finally:
+            del self._coming[this]
         try:
             kind, port = self._find(_text(params, "port"))  # it may have gone meanwhile
             self._check_free(port, what)
@@ -126,6 +133,22 @@ class Captures:
             raise ConfigError(
                 f"{what} is being captured already, by process {running.pid}; end that, or read its output twice (tee)"
             )
+
+    def _check_room(self, what: str, size: int) -> None:
+        """Raises ConfigError when the rings of all captures would be too much memory."""
+        holding = list(self._coming.values())
+        for port in self._ports():
+            if running := self._switch.captured(port).running:
+                holding.append(
+                    (f"{self._kind(port)} {self._name(port)!r} (process {running.pid})", running.memory.ring)
+                )
+        if size + sum(held for _, held in holding) <= MOST:
+            return
+        holders = ", ".join(f"{who} with {_mib(held)}" for who, held in holding)
+        raise ConfigError(
+            f"{what}: no {_mib(size)} for its capture: all of them may have {_mib(MOST)}, and there are {holders}; "
+            "give a smaller --buffer, or end one"
+        )
 
     def stop(self, params: Params) -> dict[str, Any]:
         """API method capture-stop: when it is answered, all that was captured is in the ring. The numbers of it."""
@@ -215,6 +238,10 @@ class Captures:
             names = ", ".join(self._name(port) for port in self._ports())
             raise ConfigError(f"there is no guest and no interface {name!r} here; there are: {names}")
         return self._kind(found[0]), found[0]
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):g} MiB"
 
 
 def _text(params: Params, key: str) -> str:

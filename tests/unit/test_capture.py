@@ -3,22 +3,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import fcntl
 import io
 import os
+import signal
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 from scapy.utils import PcapNgReader
 
-from xdpvhost.capture import lines, output, pcapng
+from xdpvhost import api
+from xdpvhost.capture import command, lines, output, pcapng
+from xdpvhost.capture.command import Wishes
 from xdpvhost.capture.libpcap import Filter
 from xdpvhost.capture.memory import PAGE, CaptureMemory
 from xdpvhost.capture.output import Gone, Output
+from xdpvhost.capture.ports import Captures, PortCapture
 from xdpvhost.datapath import CAPTURE_IN, CAPTURE_LEAST, CapreadConf, Capture, CaptureReader
 from xdpvhost.errors import ConfigError, DatapathError, OutputError, XdpvhostError
 
@@ -150,6 +158,86 @@ def test_a_new_file_is_its_owners_only(tmp_path: Path) -> None:
     with Output(str(tmp_path / "x"), lambda: False) as sink:
         sink.write(memoryview(b"x"))
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_named_pipe_is_waited_for_and_given_up(tmp_path: Path, reads: bool) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK) if reads and len(asked) == 2 else -1)
+        return len(asked) == 5
+
+    if not reads:
+        with pytest.raises(Gone):
+            Output(str(path), stop)
+        assert path.is_fifo()
+        return
+    with Output(str(path), stop) as sink:
+        assert len(asked) == 3
+        sink.write(memoryview(b"block"))
+        assert os.read(asked[2], 10) == b"block"
+        os.close(asked[2])
+        with pytest.raises(Gone):
+            sink.write(memoryview(b"block"))
+
+
+def test_a_file_is_what_it_was_until_there_is_a_block(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(b"an earlier capture")
+    for path in (old, new):
+        with pytest.raises(ConfigError, match="no such guest"), Output(str(path), lambda: False):
+            raise ConfigError("no such guest")
+    assert old.read_bytes() == b"an earlier capture"
+    assert not new.exists()
+    with Output(str(old), lambda: False) as sink:
+        sink.write(memoryview(b"x"))
+    assert old.read_bytes() == b"x"
+
+
+def test_the_output_is_opened_before_anything_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that is asked would copy frames into a buffer that nobody reads."""
+    monkeypatch.setattr(api, "Session", lambda _: pytest.fail("the daemon was asked"))
+    with pytest.raises(ConfigError, match="cannot write /no/such/x: No such file or directory"):
+        command.run(tmp_path, Wishes("vm1", "/no/such/x"))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    before = signal.getsignal(signal.SIGINT)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    command.run(tmp_path, Wishes("vm1", str(pipe)))  # returns, without a reader
+    timer.join()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+async def test_captures_that_begin_have_their_memory_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that begin at once do not get more than there is for all."""
+    known: dict[int, PortCapture] = {}
+    guests = {name: SimpleNamespace(name=name) for name in ("vm1", "vm2")}
+    switch = SimpleNamespace(guests=guests, nics=[], captured=lambda port: known.setdefault(id(port), PortCapture()))
+    captures = Captures(switch, threading.Lock())  # type: ignore[arg-type]
+    begun, go_on = threading.Event(), threading.Event()
+
+    def make(_size: int) -> NoReturn:
+        begun.set()
+        go_on.wait(10)
+        raise XdpvhostError("no memory")
+
+    monkeypatch.setattr(CaptureMemory, "make", make)
+    wanted = {"snaplen": 64, "pid": 1}
+    first = asyncio.create_task(captures.start({"port": "vm1", "buffer": 1 << 29, **wanted}))
+    await asyncio.to_thread(begun.wait, 10)
+    with pytest.raises(ConfigError) as caught:
+        await captures.start({"port": "vm2", "buffer": 1 << 30, **wanted})
+    assert "guest 'vm2': no 1024 MiB for its capture: all of them may have 1024 MiB" in str(caught.value)
+    assert "there are guest 'vm1' (about to begin) with 512 MiB; give a smaller --buffer" in str(caught.value)
+    go_on.set()
+    with pytest.raises(XdpvhostError, match="no memory"):
+        await first
+    with pytest.raises(XdpvhostError, match="no memory"):  # there is room again
+        await captures.start({"port": "vm2", "buffer": 1 << 30, **wanted})
 
 
 def test_a_full_file_is_cut_to_whole_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

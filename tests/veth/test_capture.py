@@ -363,6 +363,39 @@ def test_one_capture_a_port(host: Host) -> None:
             second.end()
 
 
+def test_all_captures_have_a_gigabyte(host: Host) -> None:
+    with host.up(VM1) as daemon, Capture(host, daemon, "vm1", "--buffer", "512") as first:
+        code, words = host.refused(daemon, "iface:nic0", "-w", "/dev/null", "--buffer", "1024")
+        assert code == 2
+        assert f"there are guest 'vm1' (process {first.process.pid}) with 512 MiB" in words
+        with Capture(host, daemon, "iface:nic0", "--buffer", "8") as second:
+            second.end()
+        first.end()
+        with Capture(host, daemon, "iface:nic0", "--buffer", "1024") as alone:
+            alone.end()
+
+
+def test_a_named_pipe_without_a_reader(host: Host) -> None:
+    """Nothing is captured until somebody reads, and Ctrl-C ends it before that, too."""
+    pipe = host.directory / "pipe"
+    os.mkfifo(pipe)
+    with host.up(VM1) as daemon:
+        argv = [PROGRAM, "capture", "vm1", "-w", str(pipe), "--run-dir", str(daemon.run_dir)]
+        process = host.nic.start(*argv)
+        process.wait_line("waiting for somebody to read", 10)
+        assert daemon.api("status")["captures"] == []
+        process.send(signal.SIGINT)
+        assert process.wait(10) == 0
+        process = host.nic.start(*argv)
+        process.wait_line("waiting for somebody to read", 10)
+        with pipe.open("rb") as reader:
+            process.wait_line("capturing ", 10)
+            host.send(MAC1)
+            process.send(signal.SIGINT)
+            assert process.wait(10) == 0
+            assert reader.read(4) == b"\n\r\r\n"
+
+
 def test_a_guest_that_is_called_like_the_interface(host: Host) -> None:
     with host.up(f"name=nic0,mac={MAC1}") as daemon:
         code, words = host.refused(daemon, "nic0", "-w", "/dev/null")
