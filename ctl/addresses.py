@@ -3,7 +3,8 @@
 
 A guest asks through its control virtqueue (virtio 1.2, 5.1.6.5.2), if its front-end leaves that to us. It may have what
 is nobody else's: no configured address of another guest, none that another guest listens to, none of this machine's
-own network devices. The address of its SPEC stays reserved for it meanwhile, so there is always a way back.
+own network devices, and no host port's. The address of its SPEC stays reserved for it meanwhile, so there is always a
+way back.
 
 `mac-change=deny`, the default, allows none of it: whoever may choose any address on a network can take over a station
 that happens to be silent, and the switches outside would believe it.
@@ -23,10 +24,13 @@ from .links.netlink import local_addresses
 
 if TYPE_CHECKING:
     from .datapath import Addresses
+    from .hostport import HostPort
     from .switch import GuestEntry
 
 
-def check_addresses(entry: GuestEntry, wanted: Addresses, others: Iterable[GuestEntry]) -> None:
+def check_addresses(
+    entry: GuestEntry, wanted: Addresses, others: Iterable[GuestEntry], hosts: Iterable[HostPort] = ()
+) -> None:
     """Raises ConfigError for addresses that the guest may not have."""
     new = set(wanted.all).difference(entry.spec.port.macs)
     if not new:
@@ -39,6 +43,9 @@ def check_addresses(entry: GuestEntry, wanted: Addresses, others: Iterable[Guest
             raise ConfigError(f"{_list(taken)}: guest {other.name!r} has it")
         if taken := {mac for vlan, mac in other.place.learned if mac in new and place.covers((vlan, mac))}:
             raise ConfigError(f"{_list(taken)}: guest {other.name!r} uses it")
+    for host in hosts:
+        if host.mac in new:
+            raise ConfigError(f"{format_mac(host.mac)}: host port {host.name} has it")
     if taken := new & addresses_here():
         raise ConfigError(f"{_list(taken)}: a network device of this machine has it")
 

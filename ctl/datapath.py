@@ -172,7 +172,7 @@ class PolicyConf(Structure):
 
 
 class LearnedConf(Structure):
-    _fields_ = (("mac", c_uint8 * 6), ("vlan", c_uint16), ("idle_ms", c_uint32), ("reserved", c_uint32))
+    _fields_ = (("mac", c_uint8 * 6), ("vlan", c_uint16), ("idle_ms", c_uint32), ("denied", c_uint32))
 
 
 class GuestConf(Structure):
@@ -437,6 +437,7 @@ _PROTOTYPES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "xv_xsk_bytes": (c_uint64, ()),
     "xv_packet_bytes": (c_uint64, ()),
     "xv_guest_forget": (None, (c_void_p, c_char_p, c_uint16)),
+    "xv_guest_deny": (None, (c_void_p, c_char_p, c_uint16)),
     "xv_mem_new": (c_int32, (POINTER(RegionConf), c_uint32, c_void_p, POINTER(c_void_p))),
     "xv_mem_free": (None, (c_void_p,)),
     "xv_vring_new": (c_int32, (c_void_p, POINTER(VringConf), POINTER(c_void_p))),
@@ -595,6 +596,19 @@ class Addresses(NamedTuple):
         return (self.mac, *self.others)
 
 
+class Learned(NamedTuple):
+    """An address that a guest has made up, in the data plane's table."""
+
+    mac: bytes
+    vlan: int
+    idle: float  # seconds since it was last used, or denied
+    denied: bool = False  # its frames are dropped
+
+    @property
+    def key(self) -> tuple[int, bytes]:
+        return self.vlan, self.mac
+
+
 class GuestPort(_Native):
     """A configured guest: counters that outlive its connections."""
 
@@ -657,15 +671,21 @@ class GuestPort(_Native):
         """False: the guest was refused meanwhile, since this took too long, or is gone. Then undo the change."""
         return int(library().xv_guest_mac_answer(self.handle, int(granted))) == 0
 
-    def learned(self) -> list[tuple[bytes, int, float]]:
-        """What the guest has learned (Policy.learn): MAC, VLAN, and seconds since it was last used."""
+    def learned(self) -> list[Learned]:
+        """What the guest has learned (Policy.learn), and what of that it was denied."""
         learned = (LearnedConf * MAX_LEARNED)()
         n = min(int(library().xv_guest_learned(self.handle, learned, MAX_LEARNED)), MAX_LEARNED)
-        return [(bytes(entry.mac), entry.vlan, entry.idle_ms / 1000) for entry in learned[:n]]
+        return [
+            Learned(bytes(entry.mac), entry.vlan, entry.idle_ms / 1000, bool(entry.denied)) for entry in learned[:n]
+        ]
 
     def forget(self, mac: bytes, vlan: int) -> None:
-        """Forget a learned address: it is too old, or another's. Nothing happens if it is not learned."""
+        """Forget a learned address: it is too old, or was given away. Nothing happens if it is not learned."""
         library().xv_guest_forget(self.handle, mac, vlan)
+
+    def deny(self, mac: bytes, vlan: int) -> None:
+        """Drop frames from a learned address until it is forgotten. Nothing happens if it is not learned."""
+        library().xv_guest_deny(self.handle, mac, vlan)
 
     def announce(self, mac: bytes) -> None:
         """Send a RARP request with this source on the guest's uplink (VHOST_USER_SEND_RARP)."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def describe_learned(entry: GuestEntry) -> list[dict[str, Any]]:
     """The addresses in its pool that it has made up, the last one used first."""
-    idle = {(vlan, mac): seconds for mac, vlan, seconds in entry.port.learned()} if entry.place.learned else {}
+    idle = {found.key: found.idle for found in entry.port.learned()} if entry.place.learned else {}
     found = sorted((idle[key], *key) for key in entry.place.learned if key in idle)
     return [{"mac": mac.hex(":"), "vlan": vlan, "idle_seconds": seconds} for seconds, vlan, mac in found]
 

@@ -76,6 +76,7 @@ class XdpService:
         self._captures: Captures
         self._learning: Learning
         self._learn_later: asyncio.TimerHandle | None = None
+        self._requests_later: asyncio.TimerHandle | None = None
         self._counters: Counters | None = None
         self._coming: list[GuestSpec] = []  # configured, and not yet added
         self._rebalancing = asyncio.Lock()
@@ -255,7 +256,7 @@ class XdpService:
         asyncio.get_running_loop().add_reader(self._dp.event_fd, self._data_plane_event)
 
     def _ignore_data_plane(self) -> None:
-        for timer in (self._pause, self._learn_later):
+        for timer in (self._pause, self._learn_later, self._requests_later):
             if timer is not None:
                 timer.cancel()
         asyncio.get_running_loop().remove_reader(self._dp.event_fd)
@@ -276,9 +277,13 @@ class XdpService:
         self._learn()
 
     def _serve_guest_requests(self) -> None:
+        """Guests ask while others wait for their turn already: there is one timer, for all of them."""
+        if self._requests_later is not None:
+            self._requests_later.cancel()
+            self._requests_later = None
         delay = self._switch.serve_requests()
         if delay is not None:
-            asyncio.get_running_loop().call_later(delay, self._serve_guest_requests)
+            self._requests_later = asyncio.get_running_loop().call_later(delay, self._serve_guest_requests)
 
     def _learn(self) -> None:
         """Whenever a guest has learned an address, and every second for those that have grown old."""

@@ -183,7 +183,7 @@ class GuestEntry:
         try:
             loaded = guest_state.decode(state, self.max_pairs)
             wanted = Addresses(loaded.mac or self.spec.mac, loaded.others)
-            check_addresses(self, wanted, self._switch.others(self))
+            self._switch.check_addresses(self, wanted)
             self._switch.listen_to(self, wanted)
         except (ValueError, XdpvhostError) as error:
             raise RequestRefused(str(error)) from error
@@ -288,9 +288,11 @@ class Switch:
         self._check_place(Place(spec, Addresses(spec.mac)), nic)
         slot = self._free_slot()
         entry = GuestEntry(self, slot, spec, nic, self.dp.guest(spec.name, spec.queues, spec.mac))
+        losers = self._without_learned(entry.place)
+        before = {loser: loser.place for loser in losers}
         try:
-            if losers := self._without_learned(entry.place):
-                self._move_and_take({}, losers)
+            if losers:
+                self.move(losers)
             entry.xsks = nic.add_guest(slot, spec.name, entry.place.keys)
             entry.packet = nic.packet_socket(slot)
             self.guests[spec.name] = entry
@@ -299,7 +301,9 @@ class Switch:
             self._sort_by_rules(entry)
         except BaseException:
             self._forget(entry)
+            self._give_back(before)
             raise
+        self._take_from(before)
         return entry
 
     def remove_guest(self, name: str) -> None:
@@ -397,7 +401,7 @@ class Switch:
             return
         granted = False
         try:
-            check_addresses(entry, wanted, self.others(entry))
+            self.check_addresses(entry, wanted)
             self.listen_to(entry, wanted)
             granted = True
         except XdpvhostError as exc:
@@ -418,6 +422,10 @@ class Switch:
     def others(self, entry: GuestEntry) -> list[GuestEntry]:
         return [other for other in self.guests.values() if other is not entry]
 
+    def check_addresses(self, entry: GuestEntry, wanted: Addresses) -> None:
+        """Raises ConfigError for addresses that a guest may not have when it asks for them."""
+        check_addresses(entry, wanted, self.others(entry), self.hosts.values())
+
     def listen_to(self, entry: GuestEntry, addresses: Addresses) -> None:
         """Steer these addresses, and its SPEC's, to a guest. Raises XdpvhostError, and then nothing has changed."""
         if addresses != entry.addresses:
@@ -432,11 +440,17 @@ class Switch:
         """
         entry = self.guests[name]
         place = replace(entry.place, spec=spec)
+        if spec.mac_change == "deny" and entry.spec.mac_change == "allow":
+            place = replace(place, addresses=Addresses(spec.mac))  # what it was granted is not its own any more
         self._check_place(place, entry.nic, entry)
         may = place.may_learn if place.policy.learn else _nothing
         place = replace(place, learned=frozenset(filter(may, place.learned)))
         link = entry.net_state.link_up
-        self._move_and_take({entry: place}, self._without_learned(place, entry))
+        losers = self._without_learned(place, entry)
+        before, mine = {loser: loser.place for loser in losers}, {entry: entry.place}
+        self.move({entry: place, **losers})
+        self._forget_lost(mine)
+        self._take_from(before)
         if entry.net_state.link_up != link:
             entry.config_changed()
         return entry
@@ -470,24 +484,40 @@ class Switch:
         for entry, place in places.items():
             if place.configured != before[entry].configured:
                 self._sort_by_rules(entry)
-            for vlan, mac in before[entry].learned - place.learned:
-                entry.port.forget(mac, vlan)
 
     @staticmethod
     def _sort_by_rules(entry: GuestEntry) -> None:
         """The NIC brings what is configured to one queue; RSS spreads what has several pairs to go to."""
         entry.nic.sort_by_rules(entry.slot, entry.place.of_spec if entry.max_pairs == 1 else ())
 
-    def _move_and_take(self, places: Mapping[GuestEntry, Place], losers: Mapping[GuestEntry, Place]) -> None:
-        """`losers` are as `_without_learned` has them: what they lose is counted."""
-        lost = {entry: len(entry.place.learned) - len(place.learned) for entry, place in losers.items()}
-        self.move({**places, **losers})
-        for entry, count in lost.items():
-            entry.learning["taken"] += count
+    @staticmethod
+    def _forget_lost(before: Mapping[GuestEntry, Place]) -> int:
+        """Tell the data plane what these guests have no longer learned, as against `before`; how many that are."""
+        count = 0
+        for entry, place in before.items():
+            for vlan, mac in place.learned - entry.place.learned:
+                entry.port.forget(mac, vlan)
+                count += 1
+        return count
+
+    def _take_from(self, losers: Mapping[GuestEntry, Place]) -> None:
+        """`losers` had these places before somebody was given what they had learned: that is counted."""
+        for entry, place in losers.items():
+            entry.learning["taken"] += self._forget_lost({entry: place})
+
+    def _give_back(self, losers: Mapping[GuestEntry, Place]) -> None:
+        """They have these places again: who was to get what they had learned has failed. Never raises."""
+        if places := {entry: place for entry, place in losers.items() if entry.place is not place}:
+            try:
+                self.move(places)
+            except (XdpvhostError, OSError) as exc:
+                log.error("learned addresses are not given back, and will be learned again: %s", exc)
 
     def room(self, nic: NicPort) -> int:
-        """How many more keys the guests of a NIC may have."""
-        return MAX_MACS - sum(len(entry.place.keys) for entry in self.guests.values() if entry.nic is nic)
+        """How many more keys the guests of a NIC may have. Its host port has some, too."""
+        host = self.hosts.get(nic)
+        taken = len(host.keys) if host else 0
+        return MAX_MACS - taken - sum(len(entry.place.keys) for entry in self.guests.values() if entry.nic is nic)
 
     def _check_place(self, place: Place, nic: NicPort, entry: GuestEntry | None = None) -> None:
         """Raises ConfigError for a pool that meets another, or that there is no room for, or limits below one frame.

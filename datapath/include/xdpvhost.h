@@ -338,8 +338,8 @@ struct xv_mac_request {
 struct xv_learned {
 	uint8_t mac[6];
 	uint16_t vlan;
-	uint32_t idle_ms; /* since it was last used */
-	uint32_t reserved;
+	uint32_t idle_ms; /* since it was last used, or denied */
+	uint32_t denied;  /* xv_guest_deny() */
 };
 
 struct xv_fault { /* why the guest was given up */
@@ -393,7 +393,9 @@ XV_API int xv_guest_mac_answer(struct xv_guest *guest, int granted);
  * are forwarded at once; frames to it only when an xv_mac_conf says so.
  */
 XV_API uint32_t xv_guest_learned(struct xv_guest *guest, struct xv_learned *out, uint32_t n);
-XV_API void xv_guest_forget(struct xv_guest *guest, const uint8_t mac[6], uint16_t vlan); /* it is too old, or another's */
+XV_API void xv_guest_forget(struct xv_guest *guest, const uint8_t mac[6], uint16_t vlan); /* it is too old */
+/* Frames from a learned address are dropped as XV_DROP_SPOOFED until it is forgotten. It takes one of policy.learn places. */
+XV_API void xv_guest_deny(struct xv_guest *guest, const uint8_t mac[6], uint16_t vlan);
 /* Bytes that it takes: counters, rules and table of learned addresses. Without rings and sockets. */
 XV_API uint64_t xv_guest_bytes(const struct xv_guest *guest);
 XV_API void xv_guest_announce(struct xv_guest *guest, const uint8_t mac[6]); /* send a RARP for it on the uplink */

@@ -74,7 +74,7 @@ static const struct xv_layout_entry layout[] = {
 	FIELD(xv_policy_conf, nr_addresses), FIELD(xv_policy_conf, access), FIELD(xv_policy_conf, flags),
 	FIELD(xv_policy_conf, learn), FIELD(xv_policy_conf, tx), FIELD(xv_policy_conf, rx), FIELD(xv_policy_conf, storm),
 	SIZE(xv_learned), FIELD(xv_learned, mac), FIELD(xv_learned, vlan), FIELD(xv_learned, idle_ms),
-	FIELD(xv_learned, reserved),
+	FIELD(xv_learned, denied),
 	FIELD(xv_capture_counters, frames), FIELD(xv_capture_counters, bytes), FIELD(xv_capture_counters, lost),
 	SIZE(xv_capread_counters), FIELD(xv_capread_counters, seen), FIELD(xv_capread_counters, taken),
 	FIELD(xv_capread_counters, lost),

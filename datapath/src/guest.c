@@ -47,6 +47,12 @@ void xv_guest_forget(struct xv_guest *guest, const uint8_t mac[6], uint16_t vlan
 		learned_forget(guest->learned, filter_word(mac) | (uint64_t)vlan << 48);
 }
 
+void xv_guest_deny(struct xv_guest *guest, const uint8_t mac[6], uint16_t vlan)
+{
+	if (guest->learned)
+		learned_deny(guest->learned, filter_word(mac) | (uint64_t)vlan << 48, cycles_now());
+}
+
 int xv_guest_new(uint32_t max_pairs, struct xv_guest **out)
 {
 	struct xv_guest *guest;

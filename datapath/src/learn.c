@@ -5,11 +5,12 @@
 
 #define WAYS 8u
 #define FREE 0u /* no source address is all zeros */
+#define DENIED (1ull << 63) /* in line.used: it is here only so that it is not learned again */
 #define COARSE_CYCLES (1u << 20) /* some 400 us: closer together, uses are not noted */
 
 struct line {
 	uint64_t key[WAYS];
-	uint64_t used[WAYS]; /* when, in cycles */
+	uint64_t used[WAYS]; /* when, in cycles; or when it was denied, and DENIED */
 } __attribute__((aligned(64)));
 
 struct learned {
@@ -133,8 +134,12 @@ enum learning learned_use(struct learned *table, uint64_t key, uint64_t now, boo
 	uint64_t *used;
 
 	if (likely(find(table, key, &used))) {
-		if (now - load_once(used) > COARSE_CYCLES)
-			store_once(used, now);
+		uint64_t was = load_once(used);
+
+		if (unlikely(was & DENIED))
+			return LEARN_FULL;
+		if (now - was > COARSE_CYCLES) /* not over what control has written meanwhile */
+			__atomic_compare_exchange_n(used, &was, now & ~DENIED, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
 		return LEARN_KNOWN;
 	}
 	if (!may_add || key == FREE || load_once(&table->nr) >= table->most)
@@ -152,6 +157,14 @@ void learned_forget(struct learned *table, uint64_t key)
 	__atomic_fetch_sub(&table->nr, 1u, __ATOMIC_RELAXED);
 }
 
+void learned_deny(struct learned *table, uint64_t key, uint64_t now)
+{
+	uint64_t *used;
+
+	if (find(table, key, &used))
+		__atomic_store_n(used, now | DENIED, __ATOMIC_RELAXED); /* the key stays: only control takes keys away */
+}
+
 uint32_t learned_list(const struct learned *table, uint64_t now, uint64_t cycles_per_us, struct xv_learned *out, uint32_t n)
 {
 	uint32_t nr = 0;
@@ -159,7 +172,8 @@ uint32_t learned_list(const struct learned *table, uint64_t now, uint64_t cycles
 	for (uint32_t l = 0; l <= table->mask; l++) {
 		for (uint32_t i = 0; i < WAYS; i++) {
 			const uint64_t key = load_acquire(&table->lines[l].key[i]);
-			const int64_t idle = (int64_t)(now - load_once(&table->lines[l].used[i]));
+			const uint64_t used = load_once(&table->lines[l].used[i]);
+			const int64_t idle = (int64_t)(now - (used & ~DENIED));
 
 			if (key == FREE)
 				continue;
@@ -168,6 +182,7 @@ uint32_t learned_list(const struct learned *table, uint64_t now, uint64_t cycles
 					.vlan = (uint16_t)(key >> 48),
 					.idle_ms = (uint32_t)MIN((uint64_t)MAX(idle, 0) / (1000 * MAX(cycles_per_us, 1u)),
 								 (uint64_t)UINT32_MAX),
+					.denied = !!(used & DENIED),
 				};
 				memcpy(out[nr].mac, &key, 6);
 			}

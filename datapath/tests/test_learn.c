@@ -87,6 +87,33 @@ static void test_forget(void)
 	learned_free(table);
 }
 
+/* A denied address keeps its place, is not used whoever sends from it, and is learned anew only after it is forgotten. */
+static void test_deny(void)
+{
+	struct learned *table = learned_new(2, NULL), *larger;
+	struct xv_learned out[XV_MAX_LEARNED];
+
+	learned_use(table, key_of(1, 0), MS, true);
+	learned_use(table, key_of(2, 0), MS, true);
+	learned_deny(table, key_of(1, 0), 1000 * MS);
+	learned_deny(table, key_of(3, 0), 1000 * MS); /* is not there */
+	CHECK_EQ(learned_use(table, key_of(1, 0), 4000 * MS, true), LEARN_FULL);
+	CHECK_EQ(learned_use(table, key_of(2, 0), 4000 * MS, true), LEARN_KNOWN);
+	CHECK_EQ(learned_use(table, key_of(3, 0), 4000 * MS, true), LEARN_FULL); /* two places, and both are taken */
+	larger = learned_new(20, table);
+	CHECK_EQ(learned_use(larger, key_of(1, 0), 4000 * MS, true), LEARN_FULL); /* another size changes nothing */
+	CHECK_EQ(listed(larger, 5000 * MS, out), 2);
+	for (int i = 0; i < 2; i++) {
+		CHECK_EQ(out[i].denied, out[i].mac[5] == 1);
+		CHECK_EQ(out[i].idle_ms, out[i].denied ? 4000 : 1000); /* a denied one isn't used: it grows old */
+	}
+	learned_forget(larger, key_of(1, 0));
+	CHECK_EQ(learned_use(larger, key_of(1, 0), 5000 * MS, true), LEARN_NEW);
+	CHECK_EQ(learned_use(larger, key_of(1, 0), 6000 * MS, true), LEARN_KNOWN);
+	learned_free(table);
+	learned_free(larger);
+}
+
 /* Another size: what it holds goes with it, as much as fits. */
 static void test_resize(void)
 {
@@ -179,6 +206,7 @@ int main(void)
 	test_bound();
 	test_list();
 	test_forget();
+	test_deny();
 	test_resize();
 	test_race();
 	puts("ok");

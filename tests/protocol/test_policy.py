@@ -236,15 +236,20 @@ def test_learning(pairs: Any) -> None:
     assert len(pair.heard()) == 3
     assert pair.drops("tx", "spoofed") == 2
     learned = pair.entry.port.learned()
-    assert sorted((mac, vlan) for mac, vlan, _ in learned) == [(source, 0) for source in sources[:3]]
-    assert all(0 <= idle < 60 for _, _, idle in learned)
+    assert sorted((found.mac, found.vlan) for found in learned) == [(source, 0) for source in sources[:3]]
+    assert all(0 <= found.idle < 60 and not found.denied for found in learned)
     pair.entry.port.forget(sources[0], 0)
     pair.entry.port.forget(sources[0], 0)
     pair.entry.port.forget(b"\x02" * 6, 9)
     pair.send(numbered(9, source=sources[4]))
-    assert sorted(mac for mac, _, _ in pair.entry.port.learned()) == sorted(sources[n] for n in (1, 2, 4))
+    assert sorted(found.mac for found in pair.entry.port.learned()) == sorted(sources[n] for n in (1, 2, 4))
     pair.send(numbered(9, source=MACS[1]))
     assert pair.drops("tx", "spoofed") == 3, "another guest's address is never learned"
+    pair.entry.port.deny(sources[1], 0)
+    pair.entry.port.deny(sources[0], 0)
+    assert [found.mac for found in pair.entry.port.learned() if found.denied] == [sources[1]]
+    pair.send(*(numbered(number, source=sources[1]) for number in range(23)))
+    assert pair.drops("tx", "spoofed") == 26, "what is denied is not learned again"
 
 
 def test_a_guest_without_learning_learns_nothing(pairs: Any) -> None:

@@ -31,6 +31,7 @@ class NoNic:
     queues: Sequence[Any] = ()
     taps: Sequence[Any] = ()
     mcast = None
+    gone = False
 
     def add_guest(self, slot: int, name: str, keys: Collection[tuple[int, bytes]]) -> list[Any]:
         return []

@@ -15,6 +15,7 @@ import pytest
 
 from xdpvhost import daemon, privileges, serve_xdp
 from xdpvhost.config import UpConfig
+from xdpvhost.datapath import Datapath
 from xdpvhost.errors import DatapathError, NicError
 from xdpvhost.links.journal import Journal
 from xdpvhost.switch import Switch
@@ -130,3 +131,24 @@ def test_mtu_that_could_not_be_told_is_told_later(monkeypatch: pytest.MonkeyPatc
     switch.follow_mtus()
     switch.follow_mtus()
     assert told == ["workers", "guest"]
+
+
+def test_guests_that_ask_share_one_timer(tmp_path: Path) -> None:
+    """Events come while guests wait for their turn: each would leave a timer that makes itself anew for ever."""
+
+    async def ask() -> None:
+        up = serve_xdp.XdpService(UpConfig(ifaces=("nic0",), guests=(), run_dir=tmp_path))
+        loop, timers = asyncio.get_running_loop(), []
+        up._switch = cast(Switch, SimpleNamespace(serve_requests=lambda: 10.0))
+        up._dp = cast(Datapath, SimpleNamespace(event_fd=os.eventfd(0)))
+        for _ in range(23):
+            up._serve_guest_requests()
+            assert up._requests_later is not None
+            timers.append(up._requests_later)
+        assert [timer.cancelled() for timer in timers] == [True] * 22 + [False]
+        up._ignore_data_plane()
+        assert timers[-1].cancelled()
+        assert not loop.remove_reader(up._dp.event_fd)
+        os.close(up._dp.event_fd)
+
+    asyncio.run(ask())

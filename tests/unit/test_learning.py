@@ -11,9 +11,10 @@ import pytest
 
 from xdpvhost import addresses, learning
 from xdpvhost.config import change_guest, parse_guest
-from xdpvhost.datapath import VLAN_ANY, Datapath
-from xdpvhost.errors import DatapathError, NicError
-from xdpvhost.learning import Learning
+from xdpvhost.datapath import VLAN_ANY, Addresses, Datapath, Learned, Tapq
+from xdpvhost.errors import ConfigError, DatapathError, NicError
+from xdpvhost.hostport import HostPort
+from xdpvhost.learning import DENIED_FOR, Learning
 from xdpvhost.links.ethtool import LinkState
 from xdpvhost.nicport import NicPort
 from xdpvhost.pools import Key
@@ -26,13 +27,20 @@ AGE = 300
 @dataclass
 class Port:
     table: dict[Key, float] = field(default_factory=dict)
+    denied: set[Key] = field(default_factory=set)
     closed: bool = False
 
-    def learned(self) -> list[tuple[bytes, int, float]]:
-        return [(mac, vlan, idle) for (vlan, mac), idle in self.table.items()]
+    def learned(self) -> list[Learned]:
+        return [Learned(mac, vlan, idle, (vlan, mac) in self.denied) for (vlan, mac), idle in self.table.items()]
 
     def forget(self, mac: bytes, vlan: int) -> None:
         self.table.pop((vlan, mac), None)
+        self.denied.discard((vlan, mac))
+
+    def deny(self, mac: bytes, vlan: int) -> None:
+        if (vlan, mac) in self.table:
+            self.table[vlan, mac] = 0.0
+            self.denied.add((vlan, mac))
 
     def close(self) -> None:
         self.closed = True
@@ -61,6 +69,7 @@ class Nic:
 
     owners: dict[Key, int] = field(default_factory=dict)
     most: int = 100000
+    gone: bool = False
     mtu: int = 1500
     link: LinkState = field(default_factory=LinkState)
     queues: tuple[()] = ()
@@ -117,6 +126,17 @@ class Scene:
 
 def table(entry: GuestEntry) -> dict[Key, float]:
     return cast(Port, entry.port).table
+
+
+def denied(entry: GuestEntry) -> set[Key]:
+    return cast(Port, entry.port).denied
+
+
+def host_port(scene: Scene, mac: bytes, nic: Nic | None = None) -> None:
+    """Only what the switch asks it for."""
+    host = HostPort(cast(NicPort, nic or scene.nic), "xvh-nic0", mac, 511)
+    scene.switch.hosts[host.nic] = host
+    host.tapq = cast(Tapq, None)
 
 
 @pytest.fixture
@@ -181,8 +201,22 @@ def test_what_somebody_has_is_refused(scene: Scene, other: str, key: Key) -> Non
     table(vm1)[key] = 0.1
     scene.look()
     assert vm1.place.learned == set()
-    assert table(vm1) == {}
+    assert denied(vm1) == {key}
     assert vm1.learning["refused"] == 1
+
+
+def test_what_is_denied_is_forgotten_after_a_while(scene: Scene) -> None:
+    vm1 = scene.guest(1, ",learn=4")
+    table(vm1)[0, HERE] = 0.1
+    scene.look()
+    table(vm1)[0, HERE] = DENIED_FOR - 1
+    scene.look()
+    assert denied(vm1) == {(0, HERE)}
+    assert vm1.learning["refused"] == 1, "counted once"
+    table(vm1)[0, HERE] = DENIED_FOR
+    scene.look()
+    assert table(vm1) == {}
+    assert vm1.learning == {"learned": 0, "refused": 1, "aged": 0, "taken": 0}
 
 
 def test_the_same_address_in_another_vlan_is_nobodys(scene: Scene) -> None:
@@ -199,6 +233,9 @@ def test_the_first_has_it_until_it_is_old(scene: Scene) -> None:
     assert (vm1.place.learned, vm2.place.learned) == ({(0, NEW)}, set())
     assert vm2.learning["refused"] == 1
     table(vm1)[0, NEW], table(vm2)[0, NEW] = AGE, 0.1
+    scene.look()
+    assert denied(vm2) == {(0, NEW)}, "for a while"
+    table(vm2)[0, NEW] = DENIED_FOR
     scene.look()
     table(vm2)[0, NEW] = 0.1  # it sends on
     scene.look()
@@ -253,12 +290,118 @@ def test_a_full_table_refuses_learned_addresses(scene: Scene, caplog: pytest.Log
     table(vm1).update({(0, NEW): 0.1, (0, NEWER): 0.1})
     scene.look()
     assert vm1.place.learned == set()
-    assert table(vm1) == {}
+    assert denied(vm1) == {(0, NEW), (0, NEWER)}
     assert vm1.learning["refused"] == 2
     assert len(scene.nic.owners) == 2
-    assert [record.levelname for record in caplog.records if "learned addresses are refused" in record.message] == [
-        "ERROR"
-    ]
+    table(vm1)[1, NEW] = table(vm1)[2, NEW] = 0.1
+    scene.look()
+    errors = [record.levelname for record in caplog.records if "what it has learned is refused" in record.message]
+    assert errors == ["ERROR"], "once a minute"
+
+
+def test_one_guests_keys_are_refused_and_the_others_are_not(scene: Scene) -> None:
+    """The NIC refuses one of vm1's; at the same time vm2 learns, and what vm3 has learned is old."""
+    vm1, vm2, vm3 = (scene.guest(number, ",learn=4") for number in (1, 2, 3))
+    table(vm3)[0, NEW] = 0.1
+    scene.look()
+    scene.nic.owners[0, NEWER] = 99
+    table(vm1)[0, NEWER] = table(vm2)[5, NEWER] = 0.1
+    table(vm3)[0, NEW] = AGE
+    scene.look()
+    assert [entry.place.learned for entry in (vm1, vm2, vm3)] == [set(), {(5, NEWER)}, set()]
+    assert (denied(vm1), denied(vm2)) == ({(0, NEWER)}, set())
+    assert (0, NEW) not in scene.nic.owners
+    assert vm3.learning["aged"] == 1
+
+
+def test_guests_of_a_nic_that_is_gone_learn_nothing_and_forget(scene: Scene) -> None:
+    vm1 = scene.guest(1, ",learn=4")
+    table(vm1)[0, NEW] = 0.1
+    scene.look()
+    scene.nic.gone = True
+    table(vm1).update({(0, NEW): AGE, (0, NEWER): 0.1})
+    scene.look()
+    assert vm1.place.learned == set()
+    assert vm1.learning == {"learned": 1, "refused": 0, "aged": 1, "taken": 0}
+    assert set(table(vm1)) == {(0, NEWER)}
+
+
+def test_a_look_grants_no_more_than_there_is_room_for(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm1, vm2 = scene.guest(1, ",learn=4"), scene.guest(2, ",learn=4")
+    host_port(scene, bytes((2, 0, 0, 0, 0, 0x99)))
+    monkeypatch.setattr("xdpvhost.switch.MAX_MACS", 9)
+    table(vm1).update({(0, NEW): 0.1, (1, NEW): 0.2})
+    table(vm2).update({(2, NEW): 0.1, (3, NEW): 0.2})
+    assert scene.switch.room(vm1.nic) == 3, "two guests and the host port have two keys each"
+    scene.look()
+    assert (vm1.place.learned, vm2.place.learned) == ({(0, NEW), (1, NEW)}, {(2, NEW)})
+    assert denied(vm2) == {(3, NEW)}
+
+
+def test_a_host_ports_address_is_nobody_elses(scene: Scene) -> None:
+    vm1 = scene.guest(1, ",learn=4,mac-change=allow")
+    host_port(scene, NEW, Nic())
+    table(vm1).update({(0, NEW): 0.1, (7, NEW): 0.1})
+    scene.look()
+    assert vm1.place.learned == set()
+    assert denied(vm1) == {(0, NEW), (7, NEW)}
+    with pytest.raises(ConfigError, match="host port xvh-nic0 has it"):
+        scene.switch.check_addresses(vm1, Addresses(NEW))
+
+
+def test_an_address_that_a_device_of_this_machine_gets_later(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm1 = scene.guest(1, ",learn=4")
+    table(vm1).update({(0, NEW): 0.1, (0, NEWER): 0.1})
+    scene.look()
+    monkeypatch.setattr(learning, "addresses_here", lambda: {NEW})
+    scene.look()
+    assert vm1.place.learned == {(0, NEWER)}
+    assert denied(vm1) == {(0, NEW)}
+    assert (0, NEW) not in scene.nic.owners
+
+
+def test_a_long_look_is_followed_by_a_longer_rest(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm1 = scene.guest(1, ",learn=4")
+    now = [1000.0]
+
+    def slow() -> set[bytes]:
+        now[0] += 0.3
+        return set()
+
+    monkeypatch.setattr("xdpvhost.learning.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(learning, "addresses_here", slow)
+    table(vm1)[0, NEW] = 0.1
+    assert scene.look() is None
+    assert scene.learning.look() == pytest.approx(3.0)
+    now[0] += 3.001
+    assert scene.learning.look() is None
+
+
+def test_a_guest_that_fails_to_come_takes_nothing(scene: Scene) -> None:
+    vm1 = scene.guest(1, ",learn=4")
+    table(vm1)[0, NEW] = 0.1
+    scene.look()
+
+    def fail(_slot: int) -> None:
+        raise NicError("no more sockets")
+
+    scene.nic.packet_socket = fail  # type: ignore[method-assign]
+    with pytest.raises(NicError):
+        scene.guest(2, f",macs={NEW.hex(':')}")
+    assert vm1.place.learned == {(0, NEW)}
+    assert scene.nic.owners[0, NEW] == vm1.slot
+    assert (0, NEW) in table(vm1)
+    assert vm1.learning["taken"] == 0
+
+
+def test_what_was_granted_goes_with_mac_change_deny(scene: Scene) -> None:
+    vm1 = scene.guest(1, ",mac-change=allow")
+    scene.switch.listen_to(vm1, Addresses(NEW, (NEWER,)))
+    scene.switch.change_guest("vm1", change_guest(vm1.spec, {"isolated": "on"}))
+    assert vm1.addresses == Addresses(NEW, (NEWER,))
+    scene.switch.change_guest("vm1", change_guest(vm1.spec, {"mac-change": "deny"}))
+    assert vm1.listens_to == {vm1.spec.mac}
+    assert {mac for _, mac in scene.nic.owners} == {vm1.spec.mac}
 
 
 # ---- moves

@@ -138,6 +138,10 @@ def test_what_is_configured_is_never_learned(scene: Scene) -> None:
     send(vm1, udp_frame(SOURCE, ours))
     scene.daemon.wait_metric(1, LEARNING, guest="vm1", result="refused")
     assert scene.learned("vm1") == set()
+    scene.wire.frames.clear()
+    send(vm1, *(udp_frame(SOURCE, ours) for _ in range(COUNT)), udp_frame(SOURCE, MAC1))
+    assert len(scene.wire.wait_received(MAC1, 1)) == 1
+    assert scene.drops("vm1") == {"spoofed": 2 * COUNT}, "once it is refused, not one more passes"
     before = scene.daemon.metrics().total("xdpvhost_xdp_verdicts_total", guest="", verdict="pass_unicast")
     scene.arrive(ours)
     scene.daemon.wait_metric(before + COUNT, "xdpvhost_xdp_verdicts_total", guest="", verdict="pass_unicast")
