@@ -42,6 +42,7 @@ NOISES = {
     "alone": None,
     "beside a flood to the NIC": SUNK,
     "beside a flood of broadcasts": "ff:ff:ff:ff:ff:ff",
+    "beside a flood to a guest that stopped reading": "52:54:00:00:00:03",
 }
 LIMITS = {"no limits": "", "tx-rate=50M, storm=1000": ",tx-rate=50M,storm=1000"}
 Samples = dict[str, list[float]]
@@ -158,16 +159,16 @@ def pairs(count: int, size: int, seconds: float) -> Samples:
 
 def quiet(noise: str, limits: str, seconds: float) -> Samples:
     """Round trips of a quiet guest to the network, in microseconds, while another one does what it can."""
-    specs = [spec(1), spec(2, LIMITS[limits])]
+    specs = [spec(1), spec(2, LIMITS[limits]), spec(3)]
     with scene(specs, []) as (daemon, net, stack):
         net.attach("sift")
-        calm, noisy = connect(daemon, [1, 2], stack)
+        calm, noisy, stopped = connect(daemon, [1, 2, 3], stack)
         calm.fill(0, None)
         calm.fill(1, b"")  # buffers for what it will send
         flood = NOISES[noise]
         noisy.fill(0, None)
         noisy.fill(1, make_frame(flood or SUNK, mac(2), 60))
-        for guest in (calm, noisy):
+        for guest in (calm, noisy, stopped):  # the last one never offers a buffer
             guest.up()
         sock = net.probe_socket(stack)
         rx, tx = calm.ring(0), calm.ring(1)
@@ -219,7 +220,7 @@ def quiet(noise: str, limits: str, seconds: float) -> Samples:
 
 def change(seconds: float, per_second: int, changing: bool) -> Samples:
     """Frames through one guest while others come, change and go: what is lost of them."""
-    with scene([spec(1)], []) as (daemon, net, stack):
+    with scene([spec(1)], ["--poll", "busy"]) as (daemon, net, stack):
         (guest,) = connect(daemon, [1], stack)
         guest.fill(0, None)
         guest.up()

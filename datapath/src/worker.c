@@ -226,22 +226,22 @@ static uint32_t send_limited(struct worker *w, const struct snapshot *snap, cons
 {
 	const uint64_t now = cycles_now();
 	const uint32_t n = w->burst.nr;
-	uint32_t sizes[XV_BURST], done;
-	uint64_t left = 0;
 
-	for (uint32_t i = 0; i < n; i++)
-		sizes[i] = w->burst.views[i].len;
-	w->burst.nr = bucket_take(rate, now, sizes, n);
+	w->burst.nr = bucket_take(rate, now, w->chains.len, n);
 	if (w->burst.nr < n)
 		pause_tx(w, vr, rate, now);
-	if (!w->burst.nr)
-		return 0;
-	done = switch_burst(snap, from, &w->burst, &w->calls, &w->dirty, stalled);
-	for (uint32_t i = done; i < w->burst.nr; i++) /* they come again */
-		left += sizes[i];
-	if (left)
-		bucket_give(rate, left);
-	return done;
+	return w->burst.nr ? switch_burst(snap, from, &w->burst, &w->calls, &w->dirty, stalled) : 0;
+}
+
+/* Frames from `done` on wait for a receiver, and come again: what was taken for them is given back. */
+static void take_back(struct worker *w, struct bucket *rate, struct xv_vring *vr, uint32_t done)
+{
+	uint64_t left = 0;
+
+	for (uint32_t i = done; i < w->burst.nr; i++)
+		left += w->chains.len[i];
+	bucket_give(rate, left);
+	vr->not_before = 0; /* it is not the rate that they wait for */
 }
 
 /* The chains that guest_rx_burst() found to be no frames, by what it has counted since `before`. */
@@ -321,6 +321,8 @@ static bool poll_tx(struct worker *w, const struct snapshot *snap, const struct 
 	}
 	vr->stalled_on = stalled;
 	w->tx_stalls |= !!stalled;
+	if (unlikely(port->tx_rate && stalled))
+		take_back(w, port->tx_rate, vr, done);
 	if (!(done + w->chains.skipped))
 		return false;
 	if (unlikely(port->capture))

@@ -182,6 +182,20 @@ static void test_tx_pays_for_what_goes(void)
 	world_free(&w);
 }
 
+/* What was dropped because its receiver had no buffers for too long went: a flood to such a guest is limited, too. */
+static void test_tx_pays_for_what_is_dropped(void)
+{
+	const struct xv_policy_conf slow = {.tx = {1, 10000}};
+
+	begin(&slow, NULL, FEATURES);
+	offer(0, 40, 1000, w.guests[1].mac);
+	for (uint64_t until = cycles_now() + 20000 * w.dp->cycles_per_us; cycles_now() < until;)
+		turns(1);
+	CHECK_EQ(sent(0), 10);
+	CHECK_EQ(RX(1).drops[XV_DROP_NO_BUFFERS], 10);
+	world_free(&w);
+}
+
 /* A GSO frame counts with all of its bytes, and goes though it has more than the burst. */
 static void send_gso(struct driver *d, const struct spec *s, const uint8_t *to, uint16_t size)
 {
@@ -662,6 +676,7 @@ int main(void)
 	test_tx_waits();
 	test_tx_changes();
 	test_tx_pays_for_what_goes();
+	test_tx_pays_for_what_is_dropped();
 	test_tx_gso();
 	test_rx_drops();
 	test_rx_pays_for_what_comes();
