@@ -525,7 +525,7 @@ class Switch:
         `entry` is the guest that is to have it, if it is there already.
         """
         spec = place.spec
-        check_mtu(spec, nic.mtu)
+        check_mtu(spec, nic.mtu, entry.place.spec if entry is not None else None)
         keys = len(place.configured)
         for host in self.hosts.values():
             if host.mac in place.macs:

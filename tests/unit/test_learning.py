@@ -448,3 +448,12 @@ def test_only_the_policy_changes_nothing_on_the_nic(scene: Scene) -> None:
     scene.switch.change_guest("vm1", change_guest(vm1.spec, {"tx-rate": "100M"}))
     assert scene.nic.changes == changes
     assert vm1.place.policy.tx.rate == 12_500_000
+
+
+def test_a_guest_can_be_unplugged_though_the_mtu_has_outgrown_its_limits(scene: Scene) -> None:
+    vm1 = scene.guest(1, ",tx-rate=1M,tx-burst=2000")
+    scene.nic.mtu = 9000
+    scene.switch.change_guest("vm1", change_guest(vm1.spec, {"link": "off"}))
+    assert vm1.place.policy.link_down
+    with pytest.raises(ConfigError, match="9018"):
+        scene.switch.change_guest("vm1", change_guest(vm1.spec, {"tx-burst": "3000"}))
