@@ -88,12 +88,12 @@ def make_frame(destination: str, source: str, size: int) -> bytes:
 class Guest(NetDevice):
     """A front-end whose rings the native driver turns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, entries: int = RING) -> None:
         super().__init__(
             path,
             features=F_VERSION_1 | F_PROTOCOL,
-            queue_size=RING,
-            memory_size=8 << 20,
+            queue_size=entries,
+            memory_size=(entries // RING) * (8 << 20),
         )
         self.buffers: dict[int, int] = {}  # where those of each queue begin, as the guest sees it
 
@@ -103,7 +103,7 @@ class Guest(NetDevice):
         return native.Ring(
             avail=base + queue.avail - self.memory.gpa,
             used=base + queue.used - self.memory.gpa,
-            num=RING,
+            num=self.queue_size,
             kick_fd=queue.kick_fd,
             kind=native.SPLIT,
             notifier=native.EVENTFD,
@@ -114,8 +114,8 @@ class Guest(NetDevice):
         """Every descriptor with its buffer (of one frame to send, or empty to receive), all of them offered."""
         queue = self.queues[index]
         self.memory.set_u16(queue.avail, NO_INTERRUPT)  # it polls
-        start = self.buffers[index] = self.memory.alloc(RING * BUFFER, 4096)
-        for i in range(RING):
+        start = self.buffers[index] = self.memory.alloc(self.queue_size * BUFFER, 4096)
+        for i in range(self.queue_size):
             gpa = start + i * BUFFER
             if frame is None:
                 queue.write_desc(i, gpa, BUFFER, DESC_WRITE, 0)

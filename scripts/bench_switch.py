@@ -221,7 +221,8 @@ def quiet(noise: str, limits: str, seconds: float) -> Samples:
 def change(seconds: float, per_second: int, changing: bool) -> Samples:
     """Frames through one guest while others come, change and go: what is lost of them."""
     with scene([spec(1)], ["--poll", "busy"]) as (daemon, net, stack):
-        (guest,) = connect(daemon, [1], stack)
+        guest = Guest(daemon.socket("vm1"), 4096)  # a guest shares a CPU with the network here: room for 4 ms
+        stack.callback(guest.close)
         guest.fill(0, None)
         guest.up()
         ring = (native.Ring * 1)(guest.ring(0))
@@ -324,6 +325,28 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
+BEGIN, END = "<!-- RESULTS of scripts/bench switch --document: do not edit -->", "<!-- END OF THE SWITCH'S RESULTS -->"
+
+
+def document(results: dict[tuple[str, str], Samples], facts: dict[str, Any], path: Path) -> None:
+    """Replace the results in a Markdown file, between BEGIN and END."""
+    lines = [
+        f"{facts['cpu']}, kernel {facts['kernel']}, {facts['date']}: `{facts['command']}`. Medians, and all samples.",
+        "",
+    ]
+    for group in dict.fromkeys(group for group, _ in results):
+        mine = {case: samples for (of, case), samples in results.items() if of == group}
+        names = list(next(iter(mine.values())))
+        lines += [f"| {group} | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+        lines += [f"| {case} | {' | '.join(cell(samples[name]) for name in names)} |" for case, samples in mine.items()]
+        lines.append("")
+    head, _, rest = path.read_text().partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise click.ClickException(f"{path}: the lines {BEGIN!r} and {END!r} are missing")
+    path.write_text("\n".join([head + BEGIN, "", *lines, END + tail]))
+
+
 def plot(results: dict[tuple[str, str], Samples], path: Path) -> None:
     import matplotlib as mpl
 
@@ -368,8 +391,9 @@ def bars(axis: Any, offset: int, samples: list[list[float]], label: str, fmt: st
 @click.option("--repeat", default=5, show_default=True, help="Samples of each case.")
 @click.option("--seconds", default=1.0, show_default=True, help="Length of a sample.")
 @click.option("--what", "groups", type=click.Choice(["pairs", "quiet", "change"]), multiple=True, help="Only these.")
+@click.option("--document", "page", type=click.Path(path_type=Path, exists=True), help="Put the results in this page.")
 @click.option("--output", type=click.Path(path_type=Path), default=TOP / ".cache" / "bench" / "switch")
-def main(repeat: int, seconds: float, groups: tuple[str, ...], output: Path) -> None:
+def main(repeat: int, seconds: float, groups: tuple[str, ...], page: Path | None, output: Path) -> None:
     """Measure the switch; writes OUTPUT.json and, of all groups, OUTPUT.png.
 
     pairs: 2, 8 and 32 guests, each sending to its neighbour. quiet: round trips of a guest beside a noisy one, with and
@@ -387,7 +411,7 @@ def main(repeat: int, seconds: float, groups: tuple[str, ...], output: Path) -> 
                 results[key].setdefault(name, []).extend(values)
     show(results, console)
     output.parent.mkdir(parents=True, exist_ok=True)
-    facts = {
+    facts: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["scripts/bench switch", *sys.argv[1:]]),
         "kernel": os.uname().release,
@@ -395,6 +419,8 @@ def main(repeat: int, seconds: float, groups: tuple[str, ...], output: Path) -> 
         "rows": [{"group": group, "case": case, "samples": samples} for (group, case), samples in results.items()],
     }
     output.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    if page is not None:
+        document(results, facts, page)
     if not groups:
         plot(results, output.with_suffix(".png"))
 
