@@ -162,7 +162,7 @@ static bool csum_is_behind(const struct policy *policy, const struct xv_view *vi
 	uint32_t field;
 
 	if (!policy->guard)
-		return view->csum_start >= view->first.len;
+		return view->csum_start >= (tag_is_first(view) ? TAGGED_HEADER : ETH_HEADER);
 	/* the guard looks at ports, and at all of neighbour discovery */
 	if (!net_parse(view->first.data, view->first.len, &h) || h.protocol == IPPROTO_ICMPV6)
 		return false;

@@ -304,12 +304,12 @@ static void test_checksum_over_the_header(void)
 		begin(policies[p], &in_10, NULL, GSO_FEATURES);
 		for (uint16_t at = 14; at < 60; at++) {
 			const struct virtio_net_hdr hdr = {.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .csum_start = at};
-			uint32_t head = 18, len = 100;
+			uint32_t head = 14, len = 100;
 			uint8_t *buffer;
 
 			make_frame(frame, len, nobody, w.guests[0].mac, (uint8_t)at);
 			if (p == 1 || at & 1)
-				len = tagged(frame, len, p == 1 ? 10 : 0);
+				len = tagged(frame, len, p == 1 ? 10 : 0), head = 18;
 			buffer = ring_buffer(&w.guests[0], &w.guests[0].ring[1], HEADER + len, 0);
 			memset(buffer, 0, HEADER);
 			memcpy(buffer, &hdr, sizeof(hdr));
