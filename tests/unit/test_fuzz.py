@@ -19,7 +19,8 @@ Run = Callable[..., None]
 
 @pytest.fixture(scope="session")
 def fuzz_build() -> Path:
-    made = subprocess.run(["make", "-s", "-C", FUZZ, "all"], capture_output=True, text=True, check=False)
+    command = ["make", "-s", f"-j{os.cpu_count() or 1}", "-C", FUZZ, "all"]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stdout + made.stderr
     return FUZZ / "build"
 
