@@ -40,6 +40,10 @@ while :; do /bin/iperf3 -s --forceflush; done
 """
 
 
+ATTEMPTS = 5
+NOT_READY = ("reset by peer", "server is busy")  # iperf3's server has not ended the test before
+
+
 def initramfs(path: Path) -> None:
     """Raises DaemonError where a part of it isn't installed."""
     archive = cpio.Cpio()
@@ -99,8 +103,11 @@ def _iperf(world: World, way: str, seconds: float) -> float:
     """Gb/s that arrived."""
     argv = ["iperf3", "-J", "-C", "cubic", "-t", str(max(1, round(seconds))), "-l", "1M", "-c", GUEST_ADDRESS]
     argv += ["-R"] if way == OUT else []
-    with world.net.entered():
-        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=seconds + 30)
+    for _ in range(ATTEMPTS):
+        with world.net.entered():
+            done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=seconds + 30)
+        if not any(word in done.stdout for word in NOT_READY):
+            break
     try:
         return float(json.loads(done.stdout)["end"]["sum_received"]["bits_per_second"]) / 1e9
     except (ValueError, KeyError) as exc:
