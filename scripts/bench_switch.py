@@ -14,6 +14,7 @@ import re
 import socket
 import statistics
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -353,7 +354,7 @@ def plot(results: dict[tuple[str, str], Samples], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(16, 5.5), layout="constrained")
     counts = (2, 8, 32)
     for offset, size in enumerate((64, 1500)):
         found = [results.get(("pairs", f"{count} guests, {size} bytes"), {}).get("frames/s", [0.0]) for count in counts]
@@ -365,9 +366,7 @@ def plot(results: dict[tuple[str, str], Samples], path: Path) -> None:
     names = [case for group, case in results if group == "quiet"]
     for offset, what in enumerate(("p50", "p99")):
         bars(right, offset, [results["quiet", name][what] for name in names], what, "%.0f")
-    right.set_xticks(
-        range(len(names)), [name.replace(", ", ",\n").replace("of ", "of\n") for name in names], fontsize=8
-    )
+    right.set_xticks(range(len(names)), [textwrap.fill(name, 15) for name in names], fontsize=7)
     right.set_ylabel("microseconds")
     right.set_yscale("log")
     right.set_title("Round trips of a quiet guest")
