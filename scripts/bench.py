@@ -29,20 +29,16 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from support.daemon import Daemon
-from support.frontend import F_PROTOCOL, F_VERSION_1, NetDevice
+from support.fastguest import RING, FastGuest
 from support.netns import Namespace, World
 from support.testpmd import PROGRAM as TESTPMD
 from support.testpmd import TestPmd, VirtioUser
-from support.virtqueue import DESC_WRITE, NO_INTERRUPT
 from xdpvhost.compare import native
 from xdpvhost.xdp.libbpf import BpfObject, check, libbpf
 
 TOP = Path(__file__).resolve().parents[1]
 MACS = ("52:54:00:00:00:01", "52:54:00:00:00:02")
 STRANGER = "02:00:00:00:00:99"
-HEADER = 12
-RING = 1024
-BUFFER = 2048
 DRIVER_CPU, BACKEND_CPU = 0, 1
 
 WAYS = {
@@ -83,49 +79,6 @@ class Row:
 def make_frame(destination: str, source: str, size: int) -> bytes:
     header = bytes.fromhex(destination.replace(":", "") + source.replace(":", "") + "88b5")
     return header + bytes(i & 0xFF for i in range(size - len(header)))
-
-
-class Guest(NetDevice):
-    """A front-end whose rings the native driver turns."""
-
-    def __init__(self, path: Path, entries: int = RING) -> None:
-        super().__init__(
-            path,
-            features=F_VERSION_1 | F_PROTOCOL,
-            queue_size=entries,
-            memory_size=(entries // RING) * (8 << 20),
-        )
-        self.buffers: dict[int, int] = {}  # where those of each queue begin, as the guest sees it
-
-    def ring(self, index: int) -> native.Ring:
-        queue = self.queues[index]
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory.map))
-        return native.Ring(
-            avail=base + queue.avail - self.memory.gpa,
-            used=base + queue.used - self.memory.gpa,
-            num=self.queue_size,
-            kick_fd=queue.kick_fd,
-            kind=native.SPLIT,
-            notifier=native.EVENTFD,
-            offered=queue.avail_idx,
-        )
-
-    def fill(self, index: int, frame: bytes | None) -> None:
-        """Every descriptor with its buffer (of one frame to send, or empty to receive), all of them offered."""
-        queue = self.queues[index]
-        self.memory.set_u16(queue.avail, NO_INTERRUPT)  # it polls
-        start = self.buffers[index] = self.memory.alloc(self.queue_size * BUFFER, 4096)
-        for i in range(self.queue_size):
-            gpa = start + i * BUFFER
-            if frame is None:
-                queue.write_desc(i, gpa, BUFFER, DESC_WRITE, 0)
-            else:
-                self.memory.write(gpa, bytes(HEADER) + frame)
-                queue.write_desc(i, gpa, HEADER + len(frame), 0, 0)
-            queue.push(i)
-
-    def close(self) -> None:
-        self.front.close()  # the mapping stays: the driver's addresses point into it
 
 
 # ---- back-ends: each gives (paths of the guests' sockets, packets and cycles so far) ----
@@ -194,7 +147,7 @@ class Bench:
             return self._driven(net, stack, paths, way, size, cost)
 
     def _driven(self, net: Namespace, stack: ExitStack, paths: list[Path], way: str, size: int, cost: Cost) -> Sample:
-        guests = [Guest(path) for path in paths[: 2 if way == "guest-guest" else 1]]
+        guests = [FastGuest(path) for path in paths[: 2 if way == "guest-guest" else 1]]
         job = native.Job(nanoseconds=int(self.seconds * 1e9), program_fd=-1, socket_fd=-1, frame_len=size)
         rings: list[native.Ring] = []
         watch = 0

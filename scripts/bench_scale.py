@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bench import Guest, make_frame
+from bench import make_frame
 from bench_switch import NETWORK, Net, driving, mac
 from rich.console import Console
 from rich.table import Table
 
 from support.daemon import Daemon
+from support.fastguest import FastGuest
 from support.frontend import F_PROTOCOL, F_VERSION_1, NetDevice
 from support.netns import World
 from xdpvhost.compare import native
@@ -101,7 +102,7 @@ class System:
         self.start_seconds = time.monotonic() - started
         self.configured = Memory.of(self.daemon.pid)
         self.net = Net(net, stack)
-        self.guest = Guest(self.daemon.socket("vm1"))
+        self.guest = FastGuest(self.daemon.socket("vm1"))
         stack.callback(self.guest.close)
         self.guest.fill(0, None)
         self.guest.up()

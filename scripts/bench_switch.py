@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bench import BACKEND_CPU, BUFFER, DRIVER_CPU, HEADER, Guest, make_frame
+from bench import BACKEND_CPU, DRIVER_CPU, make_frame
 from rich.console import Console
 from rich.table import Table
 
 from support.daemon import Daemon
+from support.fastguest import BUFFER, HEADER, FastGuest
 from support.netns import Namespace, World
 from xdpvhost.compare import native
 from xdpvhost.xdp.libbpf import BpfObject, check, libbpf
@@ -111,10 +112,10 @@ def driving() -> Iterator[None]:
         os.sched_setaffinity(0, {DRIVER_CPU, BACKEND_CPU})
 
 
-def connect(daemon: Daemon, numbers: list[int], stack: ExitStack) -> list[Guest]:
+def connect(daemon: Daemon, numbers: list[int], stack: ExitStack) -> list[FastGuest]:
     guests = []
     for number in numbers:
-        guest = Guest(daemon.socket(f"vm{number}"))
+        guest = FastGuest(daemon.socket(f"vm{number}"))
         stack.callback(guest.close)
         guests.append(guest)
     return guests
@@ -222,7 +223,7 @@ def quiet(noise: str, limits: str, seconds: float) -> Samples:
 def change(seconds: float, per_second: int, changing: bool) -> Samples:
     """Frames through one guest while others come, change and go: what is lost of them."""
     with scene([spec(1)], ["--poll", "busy"]) as (daemon, net, stack):
-        guest = Guest(daemon.socket("vm1"), 4096)  # a guest shares a CPU with the network here: room for 4 ms
+        guest = FastGuest(daemon.socket("vm1"), 4096)  # a guest shares a CPU with the network here: room for 4 ms
         stack.callback(guest.close)
         guest.fill(0, None)
         guest.up()

@@ -8,58 +8,18 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
 
 from support.daemon import PROGRAM, Daemon
-from support.frontend import F_PROTOCOL, F_VERSION_1, NetDevice
+from support.fastguest import FastGuest
 from support.netns import World
 from support.process import wait_for
-from support.virtqueue import DESC_WRITE, NO_INTERRUPT
 from xdpvhost.compare import native
 
 MACS = [f"52:54:00:00:00:0{number}" for number in range(1, 5)]
-RING, BUFFER, HEADER = 1024, 2048, 12
 SECONDS = 0.3
 LEAST = 0.05  # of the rate without: it would be none if a worker waited
-
-
-class FastGuest(NetDevice):
-    """A front-end whose rings the native driver turns."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, features=F_VERSION_1 | F_PROTOCOL, queue_size=RING, memory_size=8 << 20)
-
-    def fill(self, index: int, frame: bytes | None) -> None:
-        """Every descriptor with a buffer: of one frame to send, or empty to receive."""
-        queue = self.queues[index]
-        self.memory.set_u16(queue.avail, NO_INTERRUPT)  # it polls
-        start = self.memory.alloc(RING * BUFFER, 4096)
-        for i in range(RING):
-            gpa = start + i * BUFFER
-            if frame is None:
-                queue.write_desc(i, gpa, BUFFER, DESC_WRITE, 0)
-            else:
-                self.memory.write(gpa, bytes(HEADER) + frame)
-                queue.write_desc(i, gpa, HEADER + len(frame), 0, 0)
-            queue.push(i)
-
-    def ring(self, index: int) -> native.Ring:
-        queue = self.queues[index]
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory.map))
-        return native.Ring(
-            avail=base + queue.avail - self.memory.gpa,
-            used=base + queue.used - self.memory.gpa,
-            num=RING,
-            kick_fd=queue.kick_fd,
-            kind=native.SPLIT,
-            notifier=native.EVENTFD,
-            offered=queue.avail_idx,
-        )
-
-    def close(self) -> None:
-        self.front.close()  # the mapping stays: the driver's addresses point into it
 
 
 @contextmanager
