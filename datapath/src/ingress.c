@@ -168,7 +168,7 @@ static bool csum_is_behind(const struct policy *policy, const struct xv_view *vi
 		return false;
 	field = net_csum_field(h.protocol);
 	if (!field)
-		return view->csum_start >= h.transport;
+		return view->csum_start >= h.transport && !ip_guard_looks_behind(h.protocol);
 	return (view->csum_start == h.transport && view->csum_offset == field) || view->csum_start >= h.transport + 8;
 }
 

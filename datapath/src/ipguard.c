@@ -305,6 +305,11 @@ static bool is_extension(uint8_t kind)
 	return extension_bytes(kind, (const uint8_t[2]){0, 0});
 }
 
+bool ip_guard_looks_behind(uint8_t protocol)
+{
+	return is_extension(protocol);
+}
+
 static enum ip_verdict judge_ip6(const struct look *whole, uint32_t at)
 {
 	const uint8_t *ip = whole->frame + at;

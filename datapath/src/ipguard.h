@@ -33,6 +33,9 @@ enum ip_verdict {
 /* 0 or -ENOMEM. Only addresses of version 4 and 6 count. To be freed with free(). */
 int ip_guard_new(const struct xv_ip *addresses, uint32_t n, struct ip_guard **out);
 
+/* Whether it goes on behind a header of this kind: what is there is judged, too. */
+bool ip_guard_looks_behind(uint8_t protocol);
+
 /*
  * Judge a frame of `len` bytes by its first `have`, no fewer than an Ethernet header. Its source MAC is taken for the
  * guest's: whether it is has been looked at before.
